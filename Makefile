@@ -1,0 +1,43 @@
+# Espalier. `make` alone lists what there is to do.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check test test-slow miniature bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## create .venv with everything, once
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install ## compress the miniature Qwen-Image end to end, then say where the report is
+	$(BIN)/espalier sweep examples/miniature.yaml
+
+check: install ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --verbose
+	$(BIN)/mypy
+
+test: install ## the default suite
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install ## the default suite and the long tests (kills in every stage)
+	$(BIN)/python -m pytest
+
+bench: install ## the figures of benchmarks/README.md
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.library
+
+miniature: install ## train examples/miniature from nothing (about 90 minutes on 2 cores)
+	$(BIN)/python examples/make_miniature.py
+
+clean: ## remove the environment and local runs
+	rm -rf .venv runs build *.egg-info
