@@ -1,0 +1,137 @@
+"""A store in a local or network folder: one file a key, renamed into place when whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from storage.errors import MissingKey, StoreError
+from storage.store import check_key
+
+if TYPE_CHECKING:
+    from storage.store import Store
+
+# Bodies on their way in; on the root's own file system, so that a rename is enough.
+_PARTIAL = ".partial"
+# What a killed writer left there is removed by a later opening; no write takes this long.
+_ABANDONED_SECONDS = 24 * 3600
+
+
+def open_folder(path: str) -> FolderStore:
+    """Open the folder; it is made by the first write.
+
+    Raises `StoreError` when it is a file, or neither it nor its first existing parent can be
+    written.
+    """
+    root = Path(path).expanduser().absolute()
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not existing.is_dir():
+        raise StoreError(f"{root}: {existing} is a file; give a folder to store in")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise StoreError(f"{root}: {existing} cannot be read and written by this user")
+    _remove_abandoned(root / _PARTIAL)
+    return FolderStore(root)
+
+
+class FolderStore:
+    """Keys are paths below the root; `.partial/` at its top holds unfinished writes."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    @property
+    def url(self) -> str:
+        return str(self._root)
+
+    def read(self, key: str) -> BinaryIO:
+        try:
+            return self._path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise MissingKey(f"{self.url}/{key}: nothing is stored there") from None
+        except OSError as error:
+            raise self._refused(key, error) from error
+
+    def write(self, key: str, body: BinaryIO | bytes) -> None:
+        target = self._path(key)
+        partial = self._root / _PARTIAL / uuid.uuid4().hex
+        source = io.BytesIO(body) if isinstance(body, bytes) else body
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("xb") as stream:
+                shutil.copyfileobj(source, stream, 1 << 20)
+                stream.flush()
+                # A manifest must not outlive a power cut that its files do not.
+                os.fsync(stream.fileno())
+            _move(partial, target)
+        except OSError as error:
+            raise self._refused(key, error) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        start = self._path(prefix) if prefix else self._root
+        found = []
+        for folder, folders, names in os.walk(start):
+            if Path(folder) == self._root and _PARTIAL in folders:
+                folders.remove(_PARTIAL)
+            relative = Path(folder).relative_to(self._root)
+            found += [(relative / name).as_posix() for name in names]
+        return iter(sorted(found))
+
+    def remove(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            path.unlink(missing_ok=True)
+        except (NotADirectoryError, IsADirectoryError):
+            return
+        except OSError as error:
+            raise self._refused(key, error) from error
+        for folder in path.parents:
+            if folder == self._root:
+                return
+            try:
+                folder.rmdir()
+            except OSError:
+                return  # it holds something else, or another remover was first
+
+    def _path(self, key: str) -> Path:
+        if check_key(key).split("/")[0] == _PARTIAL:
+            raise StoreError(f"{key!r}: {_PARTIAL} is where unfinished writes are kept")
+        return self._root / key
+
+    def _refused(self, key: str, error: OSError) -> StoreError:
+        return StoreError(
+            f"{self.url}/{key}: {error.strerror or error}; check the folder's rights and free space"
+        )
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Rename into place, making the folders; again if a remover takes an empty one meanwhile."""
+    for _ in range(10):
+        with suppress(FileNotFoundError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(target)
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.replace(target)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        # Another opening may be removing the same ones.
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+
+
+if TYPE_CHECKING:
+    _: type[Store] = FolderStore

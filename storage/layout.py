@@ -1,0 +1,93 @@
+"""Where everything lives under the storage root: one pure function for every prefix.
+
+    encoded/DIGEST/                 latents and embeddings, by what they were encoded from
+    analysis/DIGEST/                importance, CKA, nominated spans
+    library/TEACHER/DIGEST/         one replacement, by span, variant and training
+    sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
+    best/BUDGET/                    the published model
+    registry/BUDGET/                one small object for every published model
+
+Names that a person chooses are checked here, so that no name reaches another's prefix.
+"""
+
+from __future__ import annotations
+
+import re
+
+from storage.errors import StoreError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def encoded(digest: str) -> str:
+    """Latents and embeddings of one data configuration under one encoder."""
+    return f"encoded/{_name(digest)}"
+
+
+def analysis(digest: str) -> str:
+    """What one analysis configuration found in one teacher on one encoding."""
+    return f"analysis/{_name(digest)}"
+
+
+def replacement(teacher: str, digest: str) -> str:
+    """One trained replacement; `digest` covers its span, its variant and its training."""
+    return f"library/{_name(teacher)}/{_name(digest)}"
+
+
+def sweep(name: str) -> str:
+    """Everything that belongs to one sweep alone."""
+    return f"sweeps/{_name(name)}"
+
+
+def stage(name: str, stage: str) -> str:
+    """One finished stage of a sweep: its seconds, its cost, what it made."""
+    return f"{sweep(name)}/stages/{_name(stage)}"
+
+
+def search(name: str) -> str:
+    """The trials of a sweep's search."""
+    return f"{sweep(name)}/search"
+
+
+def recovery(name: str, budget: str, trial: str) -> str:
+    """One recovery of one finalist; `budget` is the budget's label."""
+    return f"{sweep(name)}/recovery/{_name(budget)}/{_name(trial)}"
+
+
+def checkpoint(name: str, budget: str, trial: str) -> str:
+    """The checkpoints of one recovery, one `step-…` prefix each."""
+    return f"{recovery(name, budget, trial)}/checkpoints"
+
+
+def finalist(name: str, budget: str, trial: str) -> str:
+    """The student that one recovery ended with: its tensors, plan and losses."""
+    return f"{recovery(name, budget, trial)}/student"
+
+
+def report(name: str) -> str:
+    """The report page of a sweep and its pictures."""
+    return f"{sweep(name)}/report"
+
+
+def best(budget: str) -> str:
+    """The published diffusers model of a budget."""
+    return f"best/{_name(budget)}"
+
+
+def registry() -> str:
+    """Every published model's entry, all budgets."""
+    return "registry"
+
+
+def registered(budget: str) -> str:
+    """The entries of one budget."""
+    return f"registry/{_name(budget)}"
+
+
+def _name(part: str) -> str:
+    if not _NAME.fullmatch(part):
+        raise StoreError(
+            f"{part!r}: not a name for storage; use up to 100 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit"
+        )
+    return part

@@ -1,0 +1,87 @@
+"""The registry of published models: one small object an entry, never changed; the best is computed.
+
+Nothing is kept up to date in place, so two sweeps that publish at once cannot lose an entry.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError
+
+from storage import layout
+from storage.digest import digest_json
+from storage.errors import DamagedError
+from storage.section import Section
+from storage.store import Store
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Entry(Section):
+    """One published model."""
+
+    budget: str
+    """The budget's label, such as "10B" or "50pct"."""
+    plan_digest: str
+    """Digest of the student's plan."""
+    teacher: str
+    """Digest of the teacher; losses of different teachers do not compare."""
+    sweep: str
+    """The sweep that found it."""
+    prefix: str
+    """Where the model lies in this store."""
+    parameters: NonNegativeInt
+    """Parameters of the student's transformer."""
+    fidelity_loss: _Finite
+    """Mean squared difference to the teacher's velocity on held-out latents."""
+    judge_score: _Finite | None = None
+    """What the task's judge says of its pictures, 0 to 1; null when there is no judge."""
+    created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+    """When it was published."""
+
+
+def add(store: Store, entry: Entry) -> str:
+    """Add the entry and return its key; adding it again changes nothing."""
+    content = entry.model_dump(mode="json")
+    moment = entry.created.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+    key = f"{layout.registered(entry.budget)}/{moment}-{digest_json(content)}.json"
+    store.write(key, entry.model_dump_json(indent=1).encode())
+    return key
+
+
+def entries(store: Store, budget: str | None = None) -> list[Entry]:
+    """Entries of one budget, or of all, oldest first."""
+    prefix = layout.registry() if budget is None else layout.registered(budget)
+    found = [_read(store, key) for key in store.keys(prefix)]
+    return sorted(found, key=lambda entry: (entry.created, entry.plan_digest))
+
+
+def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
+    """The best entry of a budget, of one teacher or of any; None when there is none.
+
+    Judged entries come before unjudged ones: the highest judge score, then the lowest fidelity
+    loss; among unjudged ones the lowest fidelity loss. (Comparing by judge score only where both
+    have one would let three entries beat each other in a circle.) Then fewer parameters, then the
+    older entry.
+    """
+    candidates = [e for e in entries(store, budget) if teacher is None or e.teacher == teacher]
+    return min(candidates, key=_rank, default=None)
+
+
+def _rank(entry: Entry) -> tuple[bool, float, float, int]:
+    judged = entry.judge_score is not None
+    return (not judged, -(entry.judge_score or 0.0), entry.fidelity_loss, entry.parameters)
+
+
+def _read(store: Store, key: str) -> Entry:
+    with store.read(key) as stream:
+        content = stream.read()
+    try:
+        return Entry.model_validate_json(content)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise DamagedError(
+            f"{store.url}/{key}: not a registry entry ({reason}); remove it from the store"
+        ) from None

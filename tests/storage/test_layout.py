@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from storage import layout
+from storage.errors import StoreError
+
+
+def test_every_prefix_is_where_the_readme_says():
+    assert layout.encoded("d") == "encoded/d"
+    assert layout.analysis("d") == "analysis/d"
+    assert layout.replacement("t", "d") == "library/t/d"
+    assert layout.stage("s", "encode") == "sweeps/s/stages/encode"
+    assert layout.search("s") == "sweeps/s/search"
+    assert layout.checkpoint("s", "10B", "x") == "sweeps/s/recovery/10B/x/checkpoints"
+    assert layout.finalist("s", "10B", "x") == "sweeps/s/recovery/10B/x/student"
+    assert layout.report("s") == "sweeps/s/report"
+    assert layout.best("50pct") == "best/50pct"
+    assert layout.registered("50pct") == "registry/50pct"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "../x", ".hidden", "é", "a" * 101])
+def test_names_that_could_reach_another_prefix_are_refused(name):
+    with pytest.raises(StoreError, match="not a name for storage"):
+        layout.sweep(name)

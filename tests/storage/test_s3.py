@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+
+from storage.errors import StoreError
+from storage.s3 import _PART
+from storage.store import StoreOptions, open_store
+from tests.s3 import _free_port
+from tests.storage.contract import StoreContract
+
+
+class TestS3Store(StoreContract):
+    @pytest.fixture
+    def store(self, s3_url):
+        return open_store(s3_url)
+
+    @pytest.fixture
+    def again(self, store):
+        return lambda: open_store(store.url + "/")
+
+
+def test_prefixes_of_one_bucket_do_not_see_each_other(s3_url):
+    store, beside = open_store(s3_url), open_store(s3_url + "2")
+    store.write("key", b"1")
+    assert list(beside.keys("")) == []
+    assert list(open_store(s3_url.rsplit("/", 1)[0]).keys(s3_url.rsplit("/", 1)[1])) == [
+        f"{s3_url.rsplit('/', 1)[1]}/key"
+    ]
+
+
+def test_a_listing_goes_past_its_first_page(s3_url, monkeypatch):
+    store = open_store(s3_url)
+    for i in range(5):
+        store.write(f"k/{i}", b"")
+    call = store._files.call_s3
+
+    def small_pages(method, **arguments):
+        if method == "list_objects_v2":
+            arguments["MaxKeys"] = 2
+        return call(method, **arguments)
+
+    monkeypatch.setattr(store._files, "call_s3", small_pages)
+    assert list(store.keys("k")) == [f"k/{i}" for i in range(5)]
+
+
+def test_a_body_of_exactly_one_part(s3_url):
+    store = open_store(s3_url)
+    store.write("key", bytes(_PART))
+    with store.read("key") as body:
+        assert len(body.read()) == _PART
+
+
+def test_a_large_object_takes_few_requests(s3_url, monkeypatch):
+    monkeypatch.setattr("storage.s3._WHOLE", 1000)
+    monkeypatch.setattr("storage.s3._PIECE", 10_000)
+    store = open_store(s3_url)
+    body = bytes(range(250)) * 200
+    store.write("key", body)
+    sent = []
+    ranged = store.ranged
+    monkeypatch.setattr(store, "ranged", lambda *given: sent.append(given) or ranged(*given))
+    with store.read("key") as stream:
+        assert stream.read() == body
+    assert len(sent) == 5
+    with store.read("key") as stream:
+        assert b"".join(iter(lambda: stream.read(100), b"")) == body
+    assert len(sent) == 11  # the last one finds the end
+
+
+def test_the_endpoint_may_come_from_the_options(s3_url, s3_server, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    store = open_store(s3_url, StoreOptions(endpoint=s3_server.endpoint, region="eu-west-1"))
+    store.write("key", b"1")
+    assert list(store.keys("")) == ["key"]
+
+
+def test_optional_checksums_can_be_asked_for(s3_url):
+    store = open_store(s3_url, StoreOptions(checksum="when_supported"))
+    store.write("key", b"123")
+    with store.read("key") as body:
+        assert body.read() == b"123"
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_a_wrong_key_is_told_at_opening(s3_url, name, monkeypatch):
+    monkeypatch.setenv(name, "wrong")
+    with pytest.raises(StoreError, match="refuses the AWS credentials") as error:
+        open_store(s3_url)
+    assert str(error.value).startswith(s3_url)
+    assert "\n" not in str(error.value)
+
+
+def test_no_key_is_told_at_opening(s3_url, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreError, match="no AWS credentials; set AWS_ACCESS_KEY_ID"):
+        open_store(s3_url)
+
+
+def test_an_unreachable_endpoint_is_told_at_opening(s3_url):
+    endpoint = f"http://127.0.0.1:{_free_port()}"
+    with pytest.raises(StoreError, match=endpoint) as error:
+        open_store(s3_url, StoreOptions(endpoint=endpoint))
+    assert "check the endpoint" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_bucket_that_does_not_exist_is_told_at_opening(s3_url):
+    with pytest.raises(StoreError, match="bucket nowhere does not exist"):
+        open_store("s3://nowhere/prefix")
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "s3://bucket/a?b", "s3://bucket/a//b"])
+def test_malformed_urls_are_refused(url):
+    with pytest.raises(StoreError, match=r"s3://bucket/prefix|not a key"):
+        open_store(url)
