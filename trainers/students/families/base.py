@@ -1,0 +1,127 @@
+"""What a model family tells the rest: its blocks, their sizes, and how to run them one by one.
+
+Shapes: B batch, N image tokens, M text tokens, D width, C latent channels of a packed token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from storage.errors import EspalierError
+from trainers.students.plan import BlockPlan, Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Config = Mapping[str, Any]
+"""A transformer's config.json, parsed."""
+
+Context = Any
+"""What every block of one forward pass shares (conditioning, positions, mask); the family's own."""
+
+
+class FamilyError(EspalierError):
+    """A model of an architecture that no family knows."""
+
+
+class State(NamedTuple):
+    """What flows from block to block."""
+
+    text_BMD: Tensor
+    image_BND: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch as the transformer reads it."""
+
+    noisy_BNC: Tensor
+    """Packed latents on the way from picture (t = 0) to noise (t = 1)."""
+    timestep_B: Tensor
+    """In [0, 1]."""
+    embeds_BMD: Tensor
+    """Text embeddings, in the text encoder's width; padding at the end."""
+    mask_BM: Tensor | None
+    """bool, true for real text tokens; None when all are."""
+    grid: tuple[int, int]
+    """Rows and columns of image tokens; N is their product."""
+
+
+class Family(Protocol):
+    """One architecture. Stateless; one instance per family in FAMILIES.
+
+    `config` is always the *teacher's* transformer config, and `model` a teacher or student built
+    from it. Methods that need torch or diffusers import them when called.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self, config: Config, where: str) -> None:
+        """FamilyError when the config asks for what this family cannot take apart."""
+
+    def blocks(self, config: Config) -> int:
+        """Number of blocks."""
+
+    def outside_parameters(self, config: Config) -> int:
+        """Parameters before, after and beside the blocks."""
+
+    def block_parameters(self, config: Config, block: BlockPlan) -> int:
+        """Parameters of one student block."""
+
+    def ffn_width(self, config: Config, fraction: float) -> int:
+        """Hidden channels of a feed-forward network of which `fraction` is kept; at least 1."""
+
+    def student_config(self, config: Config, plan: Plan) -> dict[str, Any]:
+        """The student's own config, with the name of its class under `_class_name`."""
+
+    def student_class(self, plan: Plan) -> tuple[str, str]:
+        """Library and class as model_index.json names them."""
+
+    def build(
+        self,
+        config: Config,
+        plan: Plan,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """The student with uninitialised weights, of the stock class when only depth changes."""
+
+    def build_block(
+        self,
+        config: Config,
+        block: BlockPlan,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """One student block with uninitialised weights."""
+
+    def block_modules(self, model: nn.Module) -> nn.ModuleList:
+        """The blocks of a model, in order."""
+
+    def block_prefix(self) -> str:
+        """What precedes the number of a block in a parameter's name, the last dot included."""
+
+    def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
+        """Everything before the first block."""
+
+    def run_block(self, block: nn.Module, state: State, context: Context) -> State:
+        """One block; the context comes from any model with the same outside."""
+
+    def end(self, model: nn.Module, state: State, context: Context) -> Tensor:
+        """Everything after the last block: velocity_BNC."""
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """The model's own forward pass: velocity_BNC."""
+
+    def ffns(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The feed-forward networks whose width may be cut, by name ("image", "text")."""
+
+    def ffn_importance(self, ffn: nn.Module) -> Tensor:
+        """Importance of each hidden channel [hidden], from the weights alone."""
+
+    def ffn_tensors(self, name: str, ffn: nn.Module, kept: Tensor) -> dict[str, Tensor]:
+        """The weights of ffns(block)[name] on the hidden channels `kept`, by name in the block."""

@@ -1,0 +1,191 @@
+"""The plan: a whole student on paper, as a partition of the teacher's blocks into spans.
+
+Frozen and serialisable. Its JSON travels with every student, and its digest names everything that
+is derived from it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import (
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from storage.digest import digest_json
+from storage.errors import EspalierError
+from storage.section import Section
+
+Start = Literal["first", "middle", "average", "library"]
+
+
+class PlanError(EspalierError):
+    """A plan that describes no student of its teacher."""
+
+
+class BlockPlan(Section):
+    """One block of the student: the span it stands for and how it is made."""
+
+    span: tuple[int, int]
+    """First and last teacher block that this block replaces, both included, counted from 0."""
+
+    ffn: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Fraction of the hidden channels of both feed-forward networks that is kept."""
+
+    text: Literal["dual"] = "dual"
+    """How the block treats text; `dual` is a text stream of its own, as in the teacher."""
+
+    # After span and ffn, whose values the validator below reads.
+    start: Start = "first"
+    """First weights: those of the span's `first` block, of the `middle` one (at (u+v)//2), the
+    plain `average` of all, or a replacement trained for the `library`."""
+
+    @field_validator("start")
+    @classmethod
+    def _one_name_for_one_block(cls, start: Start, info: ValidationInfo) -> Start:
+        # In a span of one block the starts agree, and an untouched block needs no training: one
+        # spelling, so that equal blocks are equal keys and equal plans have equal digests.
+        first, last = info.data.get("span", (0, 1))
+        alone = first == last
+        if alone and (start != "library" or info.data.get("ffn") == 1.0):
+            return "first"
+        return start
+
+    @property
+    def length(self) -> int:
+        return self.span[1] - self.span[0] + 1
+
+    @property
+    def untouched(self) -> bool:
+        """Whether this is the teacher's own block, kept as it is."""
+        return self.length == 1 and self.ffn == 1.0 and self.text == "dual"
+
+
+class Plan(Section):
+    """A student: spans that follow one another from the teacher's first block to its last."""
+
+    family: str
+    """Model family of teacher and student, a key of trainers.students.families.FAMILIES."""
+
+    teacher_blocks: PositiveInt
+    """Number of blocks of the teacher."""
+
+    blocks: tuple[BlockPlan, ...]
+    """The student's blocks, in order."""
+
+    @model_validator(mode="after")
+    def _spans_partition_the_teacher(self) -> Self:
+        last = self.teacher_blocks - 1
+        if not self.blocks:
+            raise PlanError(f"the plan has no blocks; spans must cover the blocks 0 to {last}")
+        expected, previous = 0, "the start"
+        for i, block in enumerate(self.blocks):
+            start, end = block.span
+            span = f"block {i}: span [{start}, {end}]"
+            rule = f"spans must follow one another from 0 to {last}"
+            if end < start:
+                raise PlanError(f"{span} is reversed; write the lower teacher block first")
+            if end > last:
+                raise PlanError(f"{span} goes past the teacher's last block, {last}; {rule}")
+            if start > expected:
+                raise PlanError(f"{span} leaves a gap after {previous}; {rule}")
+            if start < expected:
+                raise PlanError(f"{span} overlaps {previous}; {rule}")
+            expected, previous = end + 1, f"[{start}, {end}]"
+        if expected <= last:
+            raise PlanError(
+                f"block {len(self.blocks) - 1}: span {previous} ends the plan before the "
+                f"teacher's last block, {last}; spans must follow one another from 0 to {last}"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits; equal exactly for plans of the same student, however they were written."""
+        return digest_json(self.model_dump(mode="json", exclude_defaults=True))
+
+    @property
+    def depth_only(self) -> bool:
+        """Whether every block has the teacher's shape, so that the stock class can hold them."""
+        return all(block.ffn == 1.0 and block.text == "dual" for block in self.blocks)
+
+    def to_json(self) -> str:
+        """JSON text, defaults left out, one block a line."""
+        dumped = self.model_dump(mode="json", exclude_defaults=True)
+        blocks = ",\n".join(f"    {json.dumps(block)}" for block in dumped["blocks"])
+        return (
+            f'{{\n  "family": {json.dumps(self.family)},\n'
+            f'  "teacher_blocks": {self.teacher_blocks},\n'
+            f'  "blocks": [\n{blocks}\n  ]\n}}\n'
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "plan.json") -> Plan:
+        """Reads what `to_json` wrote. PlanError names `where` and the field or block."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"{where}: not JSON: {error}") from error
+        return plan_of(data, where)
+
+
+def plan_of(data: object, where: str) -> Plan:
+    """The plan that parsed JSON or YAML describes. PlanError names `where` and the field."""
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: a plan is a mapping with family, teacher_blocks and blocks")
+    try:
+        return Plan.model_validate(data)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+        given = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
+        raise PlanError(f"{where}: {place.lstrip('.')}: {first['msg']}{given}") from error
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Reads a plan in JSON or YAML, or the plan of a recipe: YAML with the plan under `plan`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot read the plan: {error}") from error
+    try:
+        data = yaml.safe_load(text)  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise PlanError(f"{path}: neither JSON nor YAML: {' '.join(str(error).split())}") from error
+    if isinstance(data, Mapping) and "plan" in data:
+        return plan_of(data["plan"], f"{path}: plan")
+    return plan_of(data, str(path))
+
+
+def identity_plan(family: str, teacher_blocks: int) -> Plan:
+    """The teacher itself."""
+    return uniform_plan(family, teacher_blocks, teacher_blocks)
+
+
+def uniform_plan(
+    family: str, teacher_blocks: int, student_blocks: int, start: Start = "first"
+) -> Plan:
+    """Spans of lengths that differ by at most one, the longer ones spread evenly."""
+    if not 1 <= student_blocks <= teacher_blocks:
+        raise PlanError(
+            f"a teacher of {teacher_blocks} blocks has no student of {student_blocks}; "
+            f"ask for 1 to {teacher_blocks}"
+        )
+    edges = [i * teacher_blocks // student_blocks for i in range(student_blocks + 1)]
+    return Plan(
+        family=family,
+        teacher_blocks=teacher_blocks,
+        blocks=tuple(BlockPlan(span=(u, v - 1), start=start) for u, v in itertools.pairwise(edges)),
+    )

@@ -1,0 +1,272 @@
+"""The teacher: a diffusers pipeline folder, proven whole before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import JsonValue
+
+from storage.digest import digest_json, sha256_file
+from storage.errors import DamagedError, EspalierError
+from storage.tensors import check_safetensors
+from trainers.students.families import family_of
+from trainers.students.families.base import Config, Family
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLQwenImage, DiffusionPipeline
+    from torch import nn
+
+_WEIGHTED = ("transformer", "vae", "text_encoder")
+_ENCODERS = ("vae", "text_encoder", "tokenizer")
+_CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+_REMEMBERED_SIZE = 64 * 2**20
+"""Bytes from which a file's digest is kept in the user's cache: hashing 40 GB takes a minute."""
+
+
+class TeacherError(EspalierError):
+    """A pipeline folder that is missing something or damaged."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A pipeline folder that has been checked. Cheap to send to another process.
+
+    A `dtype` of None keeps what the files hold. All that is loaded is frozen and in eval mode.
+    """
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    digest: str
+    """16 hex digits over the transformer's config and weights."""
+    encoder_digest: str
+    """The same over VAE, text encoder and tokenizer: what encoded data depends on."""
+    family: Family = field(compare=False)
+    config: Config = field(compare=False)
+    """transformer/config.json."""
+
+    def transformer(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> nn.Module:
+        import diffusers
+
+        _hush()
+        model = getattr(diffusers, self.config["_class_name"]).from_pretrained(
+            self.folder,
+            subfolder="transformer",
+            torch_dtype=dtype or stored_dtype(self.folder / "transformer"),
+        )
+        return cast("nn.Module", model.requires_grad_(False).eval().to(device))
+
+    def vae(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> AutoencoderKLQwenImage:
+        from diffusers import AutoencoderKLQwenImage
+
+        _hush()
+        model = AutoencoderKLQwenImage.from_pretrained(
+            self.folder, subfolder="vae", torch_dtype=dtype or stored_dtype(self.folder / "vae")
+        )
+        return model.requires_grad_(False).eval().to(device)
+
+    def text(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> DiffusionPipeline:
+        """The pipeline with only tokenizer and text encoder, for its `encode_prompt`."""
+        return load_folder(self.folder, dtype, device, without=("transformer", "vae"))
+
+    def pipeline(
+        self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> DiffusionPipeline:
+        return load_folder(self.folder, dtype, device)
+
+
+def open_teacher(name_or_path: str | Path) -> Teacher:
+    """Finds a local folder, or fetches from the Hugging Face hub, and checks every file.
+
+    TeacherError names a file that is missing or cut short, FamilyError a transformer that cannot
+    be taken apart.
+    """
+    folder = _folder(str(name_or_path))
+    parts = check_pipeline(folder)
+    for part in (*_ENCODERS, "transformer"):
+        if part not in parts:
+            raise TeacherError(
+                f"{folder / 'model_index.json'}: no {part}; give a whole text-to-image pipeline"
+            )
+    config_file = folder / "transformer" / "config.json"
+    config = _json(config_file)
+    return Teacher(
+        name=str(name_or_path),
+        folder=folder,
+        digest=digest_json(_digests(folder, "transformer")),
+        encoder_digest=digest_json(_digests(folder, *_ENCODERS)),
+        family=family_of(config, str(config_file)),
+        config=config,
+    )
+
+
+def check_pipeline(folder: Path) -> list[str]:
+    """The parts of a pipeline folder, after proving that each has its files and all are whole."""
+    index = _json(folder / "model_index.json")
+    parts = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+    ]
+    for part in parts:
+        _json(folder / part / _CONFIG_NAMES.get(part, "config.json"))
+        if part in _WEIGHTED:
+            for file in _weights(folder / part):
+                try:
+                    check_safetensors(file)
+                except DamagedError as error:
+                    raise TeacherError(
+                        f"{error}; the model cannot be used, copy or download this file again"
+                    ) from error
+        if part == "tokenizer":
+            _require_one_of(folder / part, "tokenizer.json", "vocab.json")
+    return parts
+
+
+def load_folder(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    without: tuple[str, ...] = (),
+) -> DiffusionPipeline:
+    """A pipeline of its own class, quiet, frozen; the parts in `without` are left out."""
+    from diffusers import DiffusionPipeline
+
+    _hush()
+    loaded = [part for part in _WEIGHTED if part not in without]
+    # A mapping by part, because the parts may be stored in different dtypes.
+    dtypes = {part: dtype or stored_dtype(folder / part) for part in loaded}
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=dtypes, **dict.fromkeys(without)
+    )
+    for part in loaded:
+        getattr(pipeline, part).requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def stored_dtype(part: Path) -> torch.dtype:
+    """The dtype of the first floating-point weight of a part of a pipeline."""
+    import torch
+    from safetensors import safe_open
+
+    floating = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for file in _weights(part):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # a handle, not a mapping
+                name = tensors.get_slice(key).get_dtype()
+                if name in floating:
+                    return floating[name]
+    return torch.float32
+
+
+def _folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if not _HUB_NAME.fullmatch(name) or path.parent.exists():
+        raise TeacherError(
+            f"teacher {name}: no such folder; give a diffusers pipeline folder or a name on the "
+            "Hugging Face hub such as Qwen/Qwen-Image"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TeacherError(
+            f"teacher {name}: neither a folder here nor to be had from the Hugging Face hub "
+            f"({reason}); check the name, the network and your access"
+        ) from error
+
+
+def _weights(part: Path) -> Iterator[Path]:
+    """The safetensors files of a part, sharded or not; TeacherError names one that is missing."""
+    indices = sorted(part.glob("*.safetensors.index.json"))
+    if indices:
+        shards = _json(indices[0]).get("weight_map")
+        if not isinstance(shards, Mapping):
+            raise TeacherError(f"{indices[0]}: no weight_map; download this file again")
+        for name in sorted(set(shards.values())):
+            if not (part / name).is_file():
+                raise TeacherError(f"{part / name}: missing, though {indices[0].name} names it")
+            yield part / name
+        return
+    stem = "model" if part.name == "text_encoder" else "diffusion_pytorch_model"
+    file = part / f"{stem}.safetensors"
+    if not file.is_file():
+        raise TeacherError(
+            f"{file}: missing, and there is no {file.name}.index.json beside it; "
+            "the weights must be safetensors files"
+        )
+    yield file
+
+
+def _require_one_of(folder: Path, *names: str) -> None:
+    if not any((folder / name).is_file() for name in names):
+        raise TeacherError(f"{folder / names[0]}: missing, and so is {names[1]}")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TeacherError(f"{file}: missing; give a whole diffusers pipeline folder") from error
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise TeacherError(f"{file}: not a JSON object")
+    return data
+
+
+def _digests(folder: Path, *parts: str) -> dict[str, JsonValue]:
+    """SHA-256 by file name relative to the pipeline folder."""
+    files = [file for part in parts for file in (folder / part).rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): _remembered_sha256(file) for file in files}
+
+
+def _remembered_sha256(file: Path) -> str:
+    """The digest from the user's cache while size and time of change are the same."""
+    stat = file.stat()
+    if stat.st_size < _REMEMBERED_SIZE:
+        return sha256_file(file)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    identity: list[JsonValue] = [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+    entry = home / "espalier" / "sha256" / digest_json(identity)
+    try:
+        return entry.read_text()
+    except OSError:
+        digest = sha256_file(file)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        partial = entry.with_name(f"{entry.name}.{os.getpid()}")
+        partial.write_text(digest)
+        partial.replace(entry)
+    except OSError:
+        pass  # a cache that cannot be written only costs time
+    return digest
+
+
+def _hush() -> None:
+    """No progress bars for loading: they would tear the live view apart."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
