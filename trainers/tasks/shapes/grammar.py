@@ -33,8 +33,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (50, 200, 215),
 }
 COUNTS = {"two": 2, "three": 3, "four": 4}
+PLAIN = "cyan"
+"""Of a thing whose caption names no colour. No held-out combination has it."""
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 PLACES = (*CORNERS, "centre")
+ROOM = ("top left", "bottom right", "top right", "bottom left")
+"""Where several things stand when the caption does not say: the first two on a diagonal, which is
+in no relation that a caption could name."""
 RELATIONS = ("above", "below", "left of", "right of")
 
 HELD_OUT_COLOUR_SHAPE = frozenset(
@@ -42,7 +47,7 @@ HELD_OUT_COLOUR_SHAPE = frozenset(
      ("purple", "diamond")]
 )  # fmt: skip
 HELD_OUT_SHAPE_PLACE = frozenset(
-    [("circle", "bottom left"), ("square", "top right"), ("cross", "centre"),
+    [("circle", "bottom left"), ("square", "top right"), ("cross", "top left"),
      ("triangle", "bottom right")]
 )  # fmt: skip
 """Of a thing alone in its picture: four equal shapes fill every corner whatever is held out."""
@@ -196,7 +201,7 @@ def held_out_requests(per_family: int, seed: int = 0) -> list[Request]:
 
 
 def compose(request: Request, rng: random.Random, held_out: bool = False) -> Scene:
-    """A scene that satisfies `request`; open choices are drawn from `rng`.
+    """A scene that satisfies `request`; `rng` decides between the places that do.
 
     With `held_out=False` scenes that show a held-out combination are drawn again, so the request
     itself must not ask for one.
@@ -279,17 +284,12 @@ def _compose(request: Request, rng: random.Random) -> Scene:
         ]
         places: tuple[str, ...] = rng.choice(pairs)
     elif len(things) == 1:
-        places = (things[0].place or rng.choice(PLACES),)
+        places = (things[0].place or "centre",)
     else:
-        places = tuple(rng.sample(CORNERS, len(things)))
-    shared = rng.choice(list(COLOURS))  # equal shapes share a colour, so that a count stays a count
-    counting = request.family == "counting"
-    colours = [
-        thing.colour or (shared if counting else rng.choice(list(COLOURS))) for thing in things
-    ]
+        places = ROOM[: len(things)]
     return Scene(
         tuple(
-            Thing(thing.shape, colour, place)
-            for thing, colour, place in zip(things, colours, places, strict=True)
+            Thing(thing.shape, thing.colour or PLAIN, place)
+            for thing, place in zip(things, places, strict=True)
         )
     )

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trainers.small import load_transformer, small_latents
+from trainers.library import train as training
+from trainers.library.config import LibraryConfig, TrainingConfig
+from trainers.library.train import Trained, train_replacements
+from trainers.students.families import FAMILIES
+from trainers.students.plan import BlockPlan
+
+FAMILY = FAMILIES["qwen_image"]
+STEPS = 4
+CONFIG = TrainingConfig(steps=STEPS, batch_size=4, warmup=1)
+BLOCKS = [
+    BlockPlan(span=(0, 1), start="library"),
+    BlockPlan(span=(1, 3), start="library", ffn=0.5),
+    BlockPlan(span=(4, 4), start="library", ffn=0.25),
+    BlockPlan(span=(4, 5), start="library"),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_pipeline: Path) -> nn.Module:
+    return load_transformer(tiny_pipeline)
+
+
+def train(teacher: nn.Module, blocks: list[BlockPlan]) -> dict[BlockPlan, Trained]:
+    return train_replacements(teacher, FAMILY, blocks, small_latents(), CONFIG, seed=5)
+
+
+def equal(a: Trained, b: Trained) -> bool:
+    left, right = a.module.state_dict(), b.module.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_replacement_is_the_same_whatever_is_trained_beside_it(teacher: nn.Module):
+    together = train(teacher, BLOCKS)
+    apart = {**train(teacher, BLOCKS[2:]), **train(teacher, BLOCKS[1::-1])}
+    for block in BLOCKS:
+        assert equal(together[block], apart[block]), block
+        assert together[block].losses == apart[block].losses
+        assert len(together[block].losses) == STEPS
+        assert together[block].failed is None
+
+
+def test_the_teacher_runs_once_a_step_and_not_beyond_the_last_span(teacher: nn.Module):
+    calls = dict.fromkeys(range(6), 0)
+
+    def count(index: int) -> None:
+        calls[index] += 1
+
+    hooks = [
+        block.register_forward_hook(lambda *_, index=index: count(index))
+        for index, block in enumerate(FAMILY.block_modules(teacher))
+    ]
+    try:
+        train(teacher, BLOCKS)
+        assert calls == dict.fromkeys(range(6), STEPS)
+        calls |= dict.fromkeys(range(6), 0)
+        train(teacher, BLOCKS[:2])
+        assert calls == {0: STEPS, 1: STEPS, 2: STEPS, 3: STEPS, 4: 0, 5: 0}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_training_moves_replacements_towards_the_teacher_and_leaves_it_alone(teacher: nn.Module):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    config = TrainingConfig(steps=60, batch_size=8, warmup=4, start="average")
+    trained = train_replacements(teacher, FAMILY, BLOCKS[:2], small_latents(), config, seed=0)
+    for made in trained.values():
+        assert sum(made.losses[-5:]) < 0.6 * sum(made.losses[:5])
+        assert not any(p.requires_grad for p in made.module.parameters())
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+def test_one_nan_replacement_does_not_stop_the_others(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    whole = train(teacher, BLOCKS[:3])
+    make_block = training.make_block
+
+    def poisoned(family, config, blocks, block, importance=None):
+        made = make_block(family, config, blocks, block, importance)
+        if block.span == BLOCKS[1].span:
+            with torch.no_grad():
+                made.img_mlp.net[2].bias[0] = torch.nan
+        return made
+
+    monkeypatch.setattr(training, "make_block", poisoned)
+    trained = train(teacher, BLOCKS[:3])
+    assert trained[BLOCKS[1]].failed == "its loss was not finite at step 0"
+    assert len(trained[BLOCKS[1]].losses) == 1
+    for block in (BLOCKS[0], BLOCKS[2]):
+        assert trained[block].failed is None
+        assert equal(trained[block], whole[block])
+
+
+def test_a_teacher_in_half_precision_gets_replacements_in_its_dtype(tiny_pipeline: Path):
+    teacher = load_transformer(tiny_pipeline).bfloat16()
+    made = train(teacher, BLOCKS[:1])[BLOCKS[0]]
+    assert made.failed is None
+    assert {p.dtype for p in made.module.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_offered_does_not_rename_what_was_trained():
+    a, b = LibraryConfig(max_span=2, group=3), LibraryConfig(widths=(1.0,), max_span=5)
+    assert a.training == b.training
+    assert LibraryConfig(steps=7).training != a.training

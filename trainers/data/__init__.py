@@ -1,0 +1,1 @@
+"""Pictures and captions in, latents and text embeddings out."""

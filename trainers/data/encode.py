@@ -1,0 +1,230 @@
+"""Runs the teacher's own autoencoder and text encoder over a data source, shard by shard.
+
+Ray Data streams units: tasks read and crop pictures, a pool of actors encodes them and publishes
+each shard as soon as it is whole. A later run encodes only the shards that are not there yet; the
+manifest over all of them comes last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, cast
+
+from storage.digest import digest_json
+from storage.errors import EspalierError
+from storage.manifest import Manifest, publish, published
+from storage.store import Store, StoreOptions, open_store
+from storage.tensors import save_tensors
+from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
+from trainers.data.sources import DataConfig, DataError, Unit, list_units, read_unit
+from trainers.placement import Accelerator, Share, share_of
+from trainers.progress import Progress, silent
+from trainers.teacher import Teacher
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+def encoding_digest(teacher: Teacher, config: DataConfig, seed: int) -> str:
+    """Names what `encode` makes: the encoders and all of the configuration that shows in it."""
+    shown = config.model_dump(mode="json", exclude={"batch_size"})
+    return digest_json({"encoder": teacher.encoder_digest, "data": shown, "seed": seed})
+
+
+def encode(
+    teacher: Teacher,
+    config: DataConfig,
+    store: Store,
+    prefix: str,
+    *,
+    options: StoreOptions | None = None,
+    workers: int = 1,
+    accelerator: Accelerator = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Encode the source under `prefix`, unless that is done; `trainers.data.latents` reads it.
+
+    `workers` processes encode, each with the store opened by its URL and `options`. Raises
+    DataError naming the first picture or caption that cannot be used; the shards before it stay.
+    """
+    done = published(store, prefix)
+    if done is not None:
+        return done
+    progress = progress or silent()
+    units = list_units(config)
+    total = sum(len(unit.items) for unit in units)
+    missing = [
+        unit for unit in units if published(store, shard_prefix(prefix, unit.number)) is None
+    ]
+    finished = total - sum(len(unit.items) for unit in missing)
+    progress.update(finished, total)
+    if missing:
+        arguments = {
+            "teacher": teacher, "config": config, "url": store.url, "options": options,
+            "prefix": prefix,
+        }  # fmt: skip
+        # Closed at once whatever happens: actors of an abandoned stream would keep their CPUs.
+        with closing(_stream(missing, config, seed, arguments, workers, accelerator)) as shards:
+            for count, error in shards:
+                if error:
+                    raise DataError(error)
+                finished += count
+                progress.update(finished, total)
+    meta = EncodedMeta(shards=len(units), pictures=total, held_out=config.held_out)
+    return publish(store, prefix, {}, meta.model_dump(mode="json"))
+
+
+def _stream(
+    units: Sequence[Unit],
+    config: DataConfig,
+    seed: int,
+    arguments: dict[str, Any],
+    workers: int,
+    accelerator: Accelerator,
+) -> Generator[tuple[int, str], None, None]:
+    """Yields the number of pictures in each shard as it is published, or what is wrong with it."""
+    import logging
+
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    share = share_of(workers, accelerator)
+    actors = min(workers, len(units))
+    rows = (
+        ray.data.from_items(
+            [{"number": unit.number, "items": json.dumps(unit.items)} for unit in units],
+            override_num_blocks=len(units),
+        )
+        .map(
+            _read_row,
+            fn_kwargs={"config": config, "seed": seed},
+            num_cpus=0.25,
+            compute=ray.data.TaskPoolStrategy(size=min(2 * actors, len(units))),
+        )
+        .map_batches(
+            Encoder,
+            batch_size=1,
+            fn_constructor_kwargs={**arguments, "share": share},
+            num_cpus=share.num_cpus,
+            num_gpus=share.num_gpus,
+            compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        )
+    )
+    for row in rows.iter_rows():
+        yield int(row["count"]), row["error"]
+
+
+def _read_row(row: dict[str, Any], config: DataConfig, seed: int) -> dict[str, Any]:
+    """A unit's pictures. Errors travel as a column: raised here, Ray would log and wrap them."""
+    unit = Unit(row["number"], tuple(_items(row["items"])))
+    read = {"number": unit.number, "pictures": b"", "captions": "[]", "error": ""}
+    try:
+        pictures, captions = read_unit(config, unit, seed)
+    except EspalierError as error:
+        return {**read, "error": str(error)}
+    return {**read, "pictures": pictures.tobytes(), "captions": json.dumps(captions)}
+
+
+def _items(text: str) -> list[Any]:
+    return [tuple(item) if isinstance(item, list) else item for item in json.loads(text)]
+
+
+class Encoder:
+    """An actor of Ray Data: the encoders, loaded once, and a store of its own."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: DataConfig,
+        url: str,
+        options: StoreOptions | None,
+        prefix: str,
+        share: Share,
+    ) -> None:
+        import torch
+
+        share.prepare()
+        dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
+        self.config, self.prefix = config, prefix
+        self.store = open_store(url, options)
+        self.encoders = PictureEncoders(teacher, dtype, share.device)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
+        """One unit, read: encode it and publish its shard."""
+        import numpy as np
+
+        (number,), (content,) = batch["number"], batch["pictures"]
+        (captions_json,), (error,) = batch["captions"], batch["error"]
+        captions = json.loads(captions_json)
+        if not error:
+            side = self.config.resolution
+            pictures = np.frombuffer(content, np.uint8).reshape(-1, side, side, 3)
+            tensors = self.encoders.encode(pictures, captions, self.config.batch_size)
+            publish(
+                self.store,
+                shard_prefix(self.prefix, int(number)),
+                {
+                    TENSORS: save_tensors(tensors),
+                    CAPTIONS: json.dumps(captions, ensure_ascii=False).encode(),
+                },
+            )
+        return {"count": [len(captions)], "error": [str(error)]}
+
+
+class PictureEncoders:
+    """A teacher's autoencoder and text encoder, ready for single pictures. Plain torch."""
+
+    def __init__(self, teacher: Teacher, dtype: torch.dtype, device: str) -> None:
+        from trainers.data.single_frame import for_single_frames
+
+        self.vae = teacher.vae(dtype, device)
+        self.text = teacher.text(dtype, device)
+        self.dtype, self.device = dtype, device
+        for_single_frames(self.vae)
+
+    def encode(
+        self, pictures: NDArray[np.uint8], captions: Sequence[str], batch_size: int
+    ) -> dict[str, Tensor]:
+        """The tensors of a shard: normalised latents, padded embeddings, and their mask."""
+        import torch
+
+        latents, embeds, masks = [], [], []
+        with torch.no_grad():
+            for start in range(0, len(captions), batch_size):
+                stop = start + batch_size
+                latents.append(self._latents(torch.tensor(pictures[start:stop])))
+                embedded, mask = cast("Any", self.text).encode_prompt(list(captions[start:stop]))
+                embeds.append(embedded.cpu())
+                whole = torch.ones(embedded.shape[:2], dtype=torch.bool)
+                masks.append(whole if mask is None else mask.bool().cpu())
+        longest = max(mask.shape[1] for mask in masks)
+        return {
+            "latents": torch.cat(latents),
+            "embeds": torch.cat([_padded(e, longest) for e in embeds]),
+            "mask": torch.cat([_padded(m, longest) for m in masks]),
+        }
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        """[n, channels, rows, columns], the posterior's mean, normalised by the VAE's config."""
+        import torch
+
+        signal = pictures.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+        posterior = self.vae.encode(signal.to(self.dtype).unsqueeze(2)).latent_dist
+        raw = posterior.mode().squeeze(2).float()
+        mean = torch.tensor(self.vae.config.latents_mean, device=self.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
+        return ((raw - mean) / std).to(self.dtype).cpu()
+
+
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    """[n, M, ...] with zeros up to M = length."""
+    padded = tensor.new_zeros(len(tensor), length, *tensor.shape[2:])
+    padded[:, : tensor.shape[1]] = tensor
+    return padded

@@ -1,0 +1,26 @@
+"""How an encoding lies in a store. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from storage.section import Section
+
+TENSORS = "tensors.safetensors"
+CAPTIONS = "captions.json"
+
+
+class EncodedMeta(Section):
+    """What the manifest of a complete encoding says about it."""
+
+    shards: PositiveInt
+    """Number of shards, each published under `shard_prefix`."""
+    pictures: PositiveInt
+    """All pictures, the held-out ones included."""
+    held_out: NonNegativeInt
+    """How many of them are kept for fidelity."""
+
+
+def shard_prefix(prefix: str, number: int) -> str:
+    """Where one shard of the encoding under `prefix` is published."""
+    return f"{prefix}/shard-{number:05d}"

@@ -1,0 +1,1 @@
+"""The library: replacements trained once against the teacher and combined freely afterwards."""

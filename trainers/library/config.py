@@ -1,0 +1,54 @@
+"""What a library offers and how its replacements are trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from storage.section import Section
+
+
+class TrainingConfig(Section):
+    """How a replacement is trained; all of it is part of the name that it is stored under."""
+
+    steps: PositiveInt = 80
+    """Optimizer steps."""
+
+    batch_size: PositiveInt = 32
+    """Pictures a step."""
+
+    lr: PositiveFloat = 2e-3
+    """Highest learning rate; it falls along a cosine."""
+
+    warmup: NonNegativeInt = 8
+    """Steps over which the learning rate rises linearly."""
+
+    start: Literal["first", "middle", "average"] = "first"
+    """First weights, as in a plan."""
+
+    magnitude: NonNegativeFloat = 1.0
+    """Weight of the relative squared error beside PPCL's loss, which is blind to magnitude; 0
+    leaves PPCL's loss alone."""
+
+    timestep_shift: PositiveFloat = 1.0
+    """Above 1 training sees more noise, as schedulers do for large pictures."""
+
+
+class LibraryConfig(TrainingConfig):
+    """The library: which replacements may be offered, and how they are trained."""
+
+    widths: tuple[float, ...] = Field((1.0, 0.5), min_length=1)
+    """Kept fractions of the FFN that are offered for every span."""
+
+    max_span: PositiveInt = 4
+    """Teacher blocks that one replacement may stand for at most."""
+
+    group: PositiveInt = 24
+    """Replacements that a worker trains in one pass of the teacher, and stores together."""
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The part that decides what a replacement becomes."""
+        names = TrainingConfig.model_fields
+        return TrainingConfig(**{name: getattr(self, name) for name in names})

@@ -1,0 +1,134 @@
+"""Trains many replacements in one pass of the teacher a step. Plain torch; Ray is not needed.
+
+A replacement reads the teacher's state before its span and aims at the teacher's state after it
+(PPCL's non-sequential depth distillation), so no replacement depends on another: what one becomes
+is the same whichever others are trained beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from trainers.data.latents import Latents, training_inputs
+from trainers.library.config import TrainingConfig
+from trainers.losses import span_loss
+from trainers.optimizer import adamw, rate_at
+from trainers.progress import Progress, silent
+from trainers.students.families.base import Context, Family, Inputs, State
+from trainers.students.plan import BlockPlan
+from trainers.students.surgery import make_block
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of one replacement."""
+
+    block: BlockPlan
+    module: nn.Module
+    """In the teacher's dtype; meaningless after a failure."""
+    losses: tuple[float, ...]
+    """One a step."""
+    failed: str | None = None
+    """Why it was dropped, in one sentence."""
+
+
+def train_replacements(
+    teacher: nn.Module,
+    family: Family,
+    blocks: Sequence[BlockPlan],
+    latents: Latents,
+    config: TrainingConfig,
+    seed: int,
+    progress: Progress | None = None,
+) -> dict[BlockPlan, Trained]:
+    """Train a replacement for each of `blocks` against a frozen teacher, on the teacher's device.
+
+    One teacher pass a step serves all of them. Weights and moments are float32; under a teacher of
+    lower precision the passes run in its dtype. A replacement whose loss is not finite is dropped
+    at that step and says so in its `failed`; the others go on.
+    """
+    progress = progress or silent()
+    example = next(teacher.parameters())
+    teacher_config = dict(cast("Any", teacher).config)
+    teacher_blocks = family.block_modules(teacher)
+    modules = {}
+    for block in blocks:
+        started = block.model_copy(update={"start": config.start})
+        module = make_block(family, teacher_config, teacher_blocks, started)
+        modules[block] = module.float().requires_grad_(True).train()
+    optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr)
+    edges = {edge for block in blocks for edge in (block.span[0], block.span[1] + 1)}
+    losses: dict[BlockPlan, list[float]] = {block: [] for block in blocks}
+    failed: dict[BlockPlan, str] = {}
+    active = list(blocks)
+
+    for step, batch in enumerate(islice(latents.batches(seed, config.batch_size), config.steps)):
+        inputs, _ = training_inputs(
+            batch.to(example.device, example.dtype), seed, config.timestep_shift
+        )
+        states, context = teacher_states(teacher, family, inputs, edges)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * rate_at(step, config.steps, config.warmup)
+        measured = []
+        for block in active:
+            first, last = block.span
+            with torch.autocast(
+                example.device.type, example.dtype, enabled=example.dtype != torch.float32
+            ):
+                after = family.run_block(modules[block], states[first], context)
+            loss = span_loss(
+                after,
+                states[last + 1],
+                inputs.mask_BM,
+                config.magnitude,
+                text=last + 1 < len(teacher_blocks),
+            )
+            loss.backward()
+            measured.append(loss.detach())
+        # Read once a step: every read makes an accelerator wait.
+        for block, value in zip(tuple(active), torch.stack(measured).tolist(), strict=True):
+            losses[block].append(value)
+            if not math.isfinite(value):
+                failed[block] = f"its loss was not finite at step {step}"
+                active.remove(block)
+                modules[block].zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not active:
+            break
+        mean = sum(losses[block][-1] for block in active) / len(active)
+        progress.update(step + 1, config.steps, loss=mean)
+
+    return {
+        block: Trained(
+            block,
+            module.to(example.dtype).requires_grad_(False).eval(),
+            tuple(losses[block]),
+            failed.get(block),
+        )
+        for block, module in modules.items()
+    }
+
+
+@torch.no_grad()
+def teacher_states(
+    teacher: nn.Module, family: Family, inputs: Inputs, edges: Collection[int]
+) -> tuple[dict[int, State], Context]:
+    """The teacher's states before each block in `edges` (L is after the last), in one pass.
+
+    The pass ends at the highest edge.
+    """
+    state, context = family.begin(teacher, inputs)
+    states = {0: state} if 0 in edges else {}
+    for after, block in enumerate(islice(family.block_modules(teacher), max(edges)), start=1):
+        state = family.run_block(block, state, context)
+        if after in edges:
+            states[after] = state
+    return states, context

@@ -1,0 +1,53 @@
+"""A worker's share of the Ray cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from storage.errors import EspalierError
+
+Accelerator = Literal["cpu", "gpu"]
+
+
+class PlacementError(EspalierError):
+    """Work that the cluster has no room for."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several equal workers asks Ray for, and how many threads it may run."""
+
+    num_cpus: float
+    num_gpus: float
+    threads: int
+    device: Literal["cpu", "cuda"]
+
+    def prepare(self) -> None:
+        """Called once in the worker: Ray places processes, it does not limit their threads."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+
+
+def share_of(workers: int, accelerator: Accelerator) -> Share:
+    """An equal share for each of `workers` processes of the running cluster.
+
+    Half of what a worker will use is asked of Ray, so that tasks that only read or watch always
+    find room beside it. Several workers may share a GPU. Raises PlacementError without one.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    if accelerator == "gpu" and gpus == 0:
+        raise PlacementError(
+            "accelerator: gpu, but no machine of the Ray cluster offers a GPU; add one or set "
+            "accelerator: cpu"
+        )
+    return Share(
+        num_cpus=round(min(1.0, cpus / workers) / 2, 3),
+        num_gpus=round(min(1.0, gpus / workers), 3) if accelerator == "gpu" else 0,
+        threads=max(1, int(cpus) // workers),
+        device="cuda" if accelerator == "gpu" else "cpu",
+    )

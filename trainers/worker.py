@@ -1,0 +1,308 @@
+"""What each Ray Train worker of a recovery runs: shards the student, trains it, keeps checkpoints.
+
+The job travels as plain JSON, and everything large comes from the store, which each worker opens
+by its URL. Any worker may be lost at any time: the group starts again from the latest checkpoint,
+whatever its size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import JsonValue, NonNegativeInt, PositiveInt
+
+from storage.section import Section
+from storage.store import Store, StoreOptions, open_store
+from trainers.placement import Share
+from trainers.probe import ProbeConfig
+from trainers.schedule import Schedule
+from trainers.students.plan import BlockPlan, Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from trainers.distilled import Distilled
+    from trainers.recovery import Position
+    from trainers.teacher import Teacher
+
+LOSSES = "losses.json"
+PLAN = "plan.json"
+OUTSIDE = "outside.safetensors"
+"""The student's weights outside its blocks; each block has a file of its own."""
+
+_REPORTS = 20
+_KEPT_CHECKPOINTS = 2
+
+
+class RecoveryJob(Section):
+    """Everything a worker needs to know, as JSON."""
+
+    teacher: str
+    """Folder or hub name of the teacher."""
+    store: str
+    """URL of the store."""
+    options: StoreOptions
+    """How the store is reached."""
+    encoding: str
+    """Prefix of the latents."""
+    replacements: tuple[tuple[BlockPlan, str], ...]
+    """The plan's library blocks and where they are stored."""
+    plan: Plan
+    """What the student is."""
+    schedule: Schedule
+    """How it is trained."""
+    probe: ProbeConfig
+    """On what its fidelity is measured at the end."""
+    seed: NonNegativeInt
+    """Of data order, times and noise."""
+    probe_seed: NonNegativeInt
+    """Of the probe; the sweep's, so that all losses of a sweep are measured on the same."""
+    prefix: str
+    """Where the outcome goes, which makes this recovery finished."""
+    checkpoints: str
+    """Prefix of its checkpoints."""
+    student: str
+    """Prefix of the student that it ends with."""
+    checkpoint_every: PositiveInt
+    """Optimizer steps between checkpoints."""
+    shard_teacher: bool
+    """Whether the teacher, too, is spread over the workers."""
+    num_cpus: float
+    """Share of the cluster that the driver asked for; see trainers.placement.Share."""
+    num_gpus: float
+    threads: PositiveInt
+    device: str
+
+
+class RecoveryOutcome(Section):
+    """What a finished recovery says of itself, in the manifest under its prefix."""
+
+    fidelity_loss: float | None
+    """Of the stored student; None after a failure."""
+    failed: str | None = None
+    """Why it ended without a student, in one sentence."""
+    seconds: float
+    """Training time, over all attempts; start-up is not part of it."""
+    steps: int
+    """Optimizer steps taken."""
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Runs one `RecoveryJob` to its end on every worker; the body of a TorchTrainer.
+
+    NaN ends the recovery with an outcome that says so, not with an exception: another attempt
+    would end the same way.
+    """
+    import ray.train
+    import torch
+
+    from storage.checkpoint import keep_last, latest_checkpoint, save_checkpoint
+    from storage.manifest import publish, withdraw
+    from trainers.data.latents import open_latents
+    from trainers.distilled import Distilled, Observed
+    from trainers.evaluate import fidelity_loss
+    from trainers.library.library import Library
+    from trainers.probe import make_probe
+    from trainers.recovery import (
+        NanLossError,
+        Position,
+        examples_of,
+        recover,
+        restore_weights,
+        snapshot,
+        student_weights,
+    )
+    from trainers.students.surgery import assemble
+    from trainers.teacher import open_teacher
+
+    job = RecoveryJob.model_validate(config)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    first = rank == 0
+    Share(job.num_cpus, job.num_gpus, job.threads, cast("Any", job.device)).prepare()
+    device = torch.device(job.device)  # the process's own GPU is already the current one
+
+    store = open_store(job.store, job.options)
+    teacher = open_teacher(job.teacher)
+    latents = open_latents(store, job.encoding)
+    # Cut on the CPU: each GPU then receives only its shard of the student.
+    whole_teacher = teacher.transformer()
+    dtype = next(whole_teacher.parameters()).dtype
+    assembled = assemble(whole_teacher, job.plan, Library(store, dict(job.replacements)))
+    student = Distilled(teacher.family, assembled.float(), job.plan)
+    observed = Observed(teacher.family, whole_teacher)
+    shard(student, device, dtype)
+    if job.shard_teacher:
+        shard(observed, device, dtype)
+    else:
+        observed.to(device)
+
+    at, losses, before, tensors = Position(), cast("list[float]", []), 0.0, None
+    checkpoint = latest_checkpoint(store, job.checkpoints)
+    if checkpoint is not None:
+        state = cast("dict[str, Any]", checkpoint.state)
+        at, losses, before = Position(*state["at"]), state["losses"], state["seconds"]
+        tensors = checkpoint.tensors
+        restore_weights(student, tensors)
+        checkpoint = None
+    started = time.monotonic()
+    total = job.schedule.steps
+    every = max(1, total // _REPORTS)
+
+    def seconds() -> float:
+        return before + time.monotonic() - started
+
+    def report(at: Position, loss: float) -> None:
+        losses.append(loss)
+        done = len(losses)
+        if done % every == 0:
+            loss_now = sum(losses[-every:]) / every
+            ray.train.report({"step": done, "steps": total, "phase": at.phase, "loss": loss_now})
+
+    def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
+        done = at.done(job.schedule)
+        if done % job.checkpoint_every or done == total:
+            return
+        # Between phases the optimizer starts anew.
+        held = snapshot(student, optimizer if at.step else None, keep=first)
+        if first:
+            state = {"at": [at.phase, at.step], "losses": losses, "seconds": seconds()}
+            save_checkpoint(store, job.checkpoints, done, held, cast("JsonValue", state))
+            keep_last(store, job.checkpoints, _KEPT_CHECKPOINTS)
+
+    failed = None
+    try:
+        recover(
+            student,
+            observed,
+            examples_of(latents, job.seed, rank, world, device, dtype),
+            job.schedule,
+            at,
+            optimizer_tensors=tensors,
+            save=save,
+            report=report,
+            mean=_mean_over_ranks,
+        )
+    except NanLossError as error:
+        failed = str(error)
+    fidelity: float | None = None
+    held = {} if failed else snapshot(student, None, keep=first)
+    if first:
+        took = seconds()
+        if not failed:
+            weights = {name: t.to(dtype) for name, t in student_weights(held).items()}
+            if job.shard_teacher:
+                whole_teacher = teacher.transformer(device=device)
+            probe = make_probe(whole_teacher, teacher.family, latents, job.probe, job.probe_seed)
+            recovered = _built(teacher, job.plan, weights, device)
+            fidelity = fidelity_loss(recovered, teacher.family, probe)
+            if math.isfinite(fidelity):
+                publish_student(store, job.student, job.plan, weights, teacher)
+            else:
+                failed, fidelity = "the recovered student's velocity is not finite", None
+        outcome = RecoveryOutcome(
+            fidelity_loss=fidelity, failed=failed, seconds=took, steps=len(losses)
+        )
+        publish(
+            store,
+            job.prefix,
+            {LOSSES: json.dumps(losses).encode()},
+            outcome.model_dump(mode="json"),
+        )
+        withdraw(store, job.checkpoints)
+    # One report more, by all ranks, so that none leaves while the first still measures and stores.
+    ray.train.report({"step": len(losses), "steps": total, "failed": failed or ""})
+
+
+def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Spreads a `Distilled` or `Observed` over all ranks, block by block, then the rest.
+
+    Weights keep their own precision; passes run in `dtype`, gradients are averaged in float32.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if dtype == torch.float32:
+        policy = MixedPrecisionPolicy()
+    for block in module.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def publish_student(
+    store: Store, prefix: str, plan: Plan, weights: dict[str, Tensor], teacher: Teacher
+) -> None:
+    """Store the student of a recovery: a file a block, so that no large whole is ever serialised.
+
+    `weights` are named as in the student's model.
+    """
+    from functools import partial
+
+    from storage.manifest import Body, publish
+    from storage.tensors import save_tensors
+
+    grouped: dict[str, dict[str, Tensor]] = {}
+    block_prefix = teacher.family.block_prefix()
+    for name, tensor in weights.items():
+        file = OUTSIDE
+        if name.startswith(block_prefix):
+            number = int(name[len(block_prefix) :].split(".")[0])
+            file = f"block-{number:03d}.safetensors"
+        grouped.setdefault(file, {})[name] = tensor
+    files: dict[str, Body] = {
+        file: partial(save_tensors, tensors) for file, tensors in grouped.items()
+    }
+    files[PLAN] = plan.to_json().encode()
+    publish(store, prefix, files, {"teacher": teacher.digest, "plan": plan.digest})
+
+
+def load_student(
+    store: Store, prefix: str, teacher: Teacher, device: torch.device | str = "cpu"
+) -> tuple[torch.nn.Module, Plan]:
+    """The student that a recovery stored under `prefix`, frozen, and its plan.
+
+    Raises MissingKey when it has none, DamagedError naming a file that is not whole.
+    """
+    from storage.manifest import published, read_bytes
+    from storage.tensors import load_tensors
+
+    manifest = published(store, prefix)
+    plan = Plan.from_json(read_bytes(store, prefix, PLAN, manifest), f"{store.url}/{prefix}/{PLAN}")
+    assert manifest is not None, prefix
+    weights: dict[str, Tensor] = {}
+    for file in manifest.files:
+        if file != PLAN:
+            content = read_bytes(store, prefix, file, manifest)
+            weights |= load_tensors(content, f"{store.url}/{prefix}/{file}")
+    return _built(teacher, plan, weights, device), plan
+
+
+def read_outcome(store: Store, prefix: str) -> RecoveryOutcome | None:
+    """What the recovery under `prefix` ended with, or None while it has not."""
+    from storage.manifest import published
+
+    manifest = published(store, prefix)
+    return None if manifest is None else RecoveryOutcome.model_validate(manifest.meta)
+
+
+def _built(
+    teacher: Teacher, plan: Plan, weights: dict[str, Tensor], device: torch.device | str
+) -> torch.nn.Module:
+    model = teacher.family.build(teacher.config, plan, "meta")
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval().to(device)
+
+
+def _mean_over_ranks(value: Tensor) -> Tensor:
+    import torch.distributed
+
+    value = value.clone()
+    torch.distributed.all_reduce(value)
+    return value / torch.distributed.get_world_size()
