@@ -1,0 +1,152 @@
+"""Redundancy of a teacher's blocks: the record of it, and which replacements it nominates.
+
+The measuring itself is in search/redundancy.py; nothing here needs torch until tensors are read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import PositiveInt
+
+from search.solver import Piece, damages_through
+from search.space import Space
+from storage.errors import DamagedError
+from storage.manifest import publish, published, read_bytes, read_json
+from storage.section import Section
+from storage.store import Store
+from trainers.students.families import family_named
+from trainers.students.families.base import Config
+from trainers.students.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FACTS = "analysis.json"
+TENSORS = "analysis.safetensors"
+
+
+class AnalyseConfig(Section):
+    """How redundancy is measured, and how many replacements it may nominate."""
+
+    pictures: PositiveInt = 16
+    """Training pictures that the teacher is measured on, each once in every timestep band."""
+
+    bands: PositiveInt = 4
+    """Equal parts of the time from data to noise for which importance is given apart."""
+
+    tokens: PositiveInt = 1024
+    """Tokens of each stream, drawn once, on which states are compared (CKA)."""
+
+    batch_size: PositiveInt = 64
+    """Pictures in one pass of the teacher."""
+
+    replacements: PositiveInt = 48
+    """Replacements nominated for the library at most; those of the uniform plans, which every
+    search starts from, come first and count."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was measured of a teacher of L blocks."""
+
+    bands: tuple[str, ...]
+    """Ranges of timesteps, noisiest first."""
+    importance: Tensor
+    """[L, bands]: mean squared change of the velocity when the block's residual is left out."""
+    image_cka: Tensor
+    """[L, L]: CKA of the image stream's states after each pair of blocks."""
+    text_cka: Tensor
+    image_chain: Tensor
+    """[L, max_span]: PPCL's c(u, u + j), the CKA between the image states after block u + j and
+    those of the chain of linear probes from the state after block u; 1 in column 0, NaN past L."""
+    text_chain: Tensor
+    damages: dict[BlockPlan, float]
+    """Estimated fidelity loss of each candidate replacement alone in the teacher; 0 for the
+    teacher's own blocks."""
+
+
+def save_analysis(store: Store, prefix: str, analysis: Analysis) -> None:
+    """Publish an analysis."""
+    from storage.tensors import save_tensors
+
+    damages = [
+        [block.model_dump(mode="json", exclude_defaults=True), damage]
+        for block, damage in analysis.damages.items()
+    ]
+    facts = {"bands": list(analysis.bands), "damages": damages}
+    tensors = {name: getattr(analysis, name).contiguous() for name in _TENSORS}
+    files = {
+        FACTS: json.dumps(facts, indent=1, allow_nan=False).encode(),
+        TENSORS: save_tensors(tensors, {}),
+    }
+    publish(store, prefix, files)
+
+
+def load_analysis(store: Store, prefix: str) -> Analysis | None:
+    """The analysis published under a prefix, or None."""
+    from storage.tensors import load_tensors
+
+    manifest = published(store, prefix)
+    if manifest is None:
+        return None
+    facts: Any = read_json(store, prefix, FACTS, manifest)
+    where = f"{store.url}/{prefix}/{TENSORS}"
+    tensors = load_tensors(read_bytes(store, prefix, TENSORS, manifest), where)
+    if not set(_TENSORS) <= set(tensors):
+        raise DamagedError(
+            f"{where}: not a whole analysis; remove {prefix} from the store and run "
+            "`espalier analyse` again"
+        )
+    return Analysis(
+        bands=tuple(facts["bands"]),
+        damages={BlockPlan.model_validate(block): damage for block, damage in facts["damages"]},
+        **{name: tensors[name] for name in _TENSORS},
+    )
+
+
+def nominate(
+    damages: dict[BlockPlan, float],
+    family: str,
+    config: Config,
+    limits: Sequence[int],
+    most: int,
+) -> list[BlockPlan]:
+    """The replacements that a library should hold for students of at most `limits` parameters.
+
+    First what the uniform and the best plan of each budget need, however many that are, so that
+    each budget can be met; then, up to `most`, those whose best plan comes closest to the best of
+    all: a replacement's regret is the damage that a plan at least takes on by using it, relative
+    to the best plan under the same budget, and its lowest over the budgets counts.
+    """
+    known = family_named(family)
+    space = Space(
+        family,
+        known.blocks(config),
+        known.outside_parameters(config),
+        {b: Piece(d, known.block_parameters(config, b)) for b, d in damages.items()},
+    )
+    chosen: dict[BlockPlan, None] = {}
+    regrets: dict[BlockPlan, float] = {}
+    for limit in limits:
+        uniform = space.uniform(limit)
+        for plan in [*([uniform] if uniform else []), *space.exact(limit)]:
+            chosen |= dict.fromkeys(block for block in plan.blocks if not block.untouched)
+        through = damages_through(space.pieces, space.teacher_blocks, space.outside, limit)
+        best = min(through.values())
+        for block, damage in through.items():
+            regret = (damage - best) / best if best > 0 else damage
+            regrets[block] = min(regret, regrets.get(block, math.inf))
+    for block in sorted(regrets, key=lambda b: (regrets[b], b.span, -b.ffn)):
+        if len(chosen) >= most:
+            break
+        if not block.untouched:
+            chosen[block] = None
+    return list(chosen)
+
+
+_TENSORS = ("importance", "image_cka", "text_cka", "image_chain", "text_chain")

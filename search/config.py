@@ -1,0 +1,87 @@
+"""The configuration of one sweep: what a YAML file such as examples/miniature.yaml says."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from search.analyse import AnalyseConfig
+from search.budget import Budget
+from search.judging import JudgeConfig
+from search.recover import RecoverConfig
+from search.trials import SearchConfig
+from storage.section import Section
+from storage.store import StoreOptions
+from trainers.data.sources import DataConfig
+from trainers.library.config import LibraryConfig
+
+
+class SweepConfig(Section):
+    """One sweep, start to end. Relative paths are relative to where the command is run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Names the sweep's folder in the storage: up to 100 letters, digits, `.`, `_`, `-`."""
+
+    teacher: str
+    """The model to compress: a diffusers pipeline folder, or a name on the Hugging Face hub."""
+
+    storage: str = "runs"
+    """Where everything is kept: a folder, `file:///folder` or `s3://bucket/prefix`."""
+
+    store: StoreOptions = StoreOptions()
+    """How an S3 storage is reached; credentials come from the usual AWS variables and files."""
+
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)]
+    """Wanted sizes: parameters (`10B`, `600M`) or a part of the teacher (`0.5`, `50%`)."""
+
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    """What models run on. `gpu` gives every worker one, or a share when there are fewer."""
+
+    workers: PositiveInt = 2
+    """Processes that encode, train the library and score trials side by side."""
+
+    seed: NonNegativeInt = 0
+    """Everything random follows from it."""
+
+    data: DataConfig = DataConfig()
+    """The pictures and captions that students learn from."""
+
+    analyse: AnalyseConfig = AnalyseConfig()
+    """How redundancy is measured, and how many replacements it may nominate."""
+
+    library: LibraryConfig = LibraryConfig()
+    """Which replacements are offered, and how they are trained."""
+
+    search: SearchConfig = SearchConfig()
+    """How plans are searched."""
+
+    recover: RecoverConfig = RecoverConfig()
+    """How finalists are distilled, and within which ranges the schedules are searched."""
+
+    judge: JudgeConfig = JudgeConfig()
+    """How finished students are judged and shown."""
+
+    @model_validator(mode="after")
+    def _budgets_differ(self) -> Self:
+        labels = [budget.label for budget in self.budgets]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"budgets: {label} is asked for twice; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _fidelity_has_pictures(self) -> Self:
+        if self.data.held_out == 0:
+            raise ValueError("data.held_out: must be greater than 0; fidelity is measured on them")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_share_out(self) -> Self:
+        for i, phase in enumerate(self.recover.space.phases):
+            if phase.batch_size % self.recover.workers:
+                raise ValueError(
+                    f"recover.space.phases[{i}].batch_size: must be a multiple of "
+                    f"recover.workers, {self.recover.workers}, got {phase.batch_size}"
+                )
+        return self

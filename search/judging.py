@@ -1,0 +1,123 @@
+"""How finished models are judged: by a task's judge, on captions that training never showed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeInt, PositiveInt, field_validator
+
+from storage.manifest import publish, published, read_bytes, read_json
+from storage.section import Section
+from storage.store import Store
+from trainers.tasks import TASKS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+JUDGED = "judged.json"
+
+
+class JudgeConfig(Section):
+    """What published students draw, and what judges it."""
+
+    task: str | None = None
+    """The task whose judge scores the pictures, such as `shapes`. null: pictures are drawn from
+    held-out captions and shown, and finalists are ranked by fidelity loss alone."""
+
+    finalists: PositiveInt = 2
+    """Recovered students of each budget that are judged, those of lowest fidelity loss."""
+
+    per_family: PositiveInt = 20
+    """Captions of each of the task's families that a model is judged on."""
+
+    steps: PositiveInt = 20
+    """Denoising steps of a picture."""
+
+    seed: NonNegativeInt = 0
+    """Every model draws a caption from the same noise, which follows from this."""
+
+    shown: PositiveInt = 12
+    """Captions whose pictures are kept for the report."""
+
+    @field_validator("task")
+    @classmethod
+    def _task_is_known(cls, task: str | None) -> str | None:
+        if task is not None and task not in TASKS:
+            raise ValueError(f"no task is called {task!r}; known are {', '.join(TASKS)}, or null")
+        return task
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model drew, and what the judge says of it."""
+
+    scores: Mapping[str, float]
+    """By family, and `overall`; empty without a task."""
+    captions: Sequence[str]
+    """Of the pictures that are kept."""
+    pictures: Sequence[Image]
+    passed: Sequence[bool]
+    """The judge's verdict on each picture; empty without a task."""
+
+
+def captions_for(config: JudgeConfig, held_out: Sequence[str]) -> list[str]:
+    """What a model is asked to draw: the task's held-out captions, else the data's own."""
+    if config.task is None:
+        return list(held_out[: config.shown])
+    return TASKS[config.task].held_out_captions(config.per_family, config.seed)
+
+
+def judge_model(pipeline: Any, config: JudgeConfig, captions: Sequence[str], size: int) -> Judged:
+    """Draws every caption, `size` × `size` pixels, and judges all pictures; keeps some of them."""
+    from trainers.evaluate import generate, judge_scores
+
+    pictures = generate(pipeline, captions, config.seed, config.steps, size)
+    kept = [i * len(captions) // config.shown for i in range(config.shown)]
+    kept = sorted(set(kept))
+    task = None if config.task is None else TASKS[config.task]
+    return Judged(
+        scores={} if task is None else judge_scores(pictures, captions, task),
+        captions=[captions[i] for i in kept],
+        pictures=[pictures[i] for i in kept],
+        passed=[] if task is None else [task.judge(pictures[i], captions[i]) for i in kept],
+    )
+
+
+def write_judged(store: Store, prefix: str, judged: Judged) -> None:
+    """Publishes scores and pictures."""
+    files = {_picture_name(i): _png(picture) for i, picture in enumerate(judged.pictures)}
+    said = {
+        "scores": dict(judged.scores),
+        "captions": list(judged.captions),
+        "passed": list(judged.passed),
+    }
+    publish(store, prefix, {**files, JUDGED: json.dumps(said, indent=1).encode()})
+
+
+def read_judged(store: Store, prefix: str) -> Judged | None:
+    """What `write_judged` published, or None."""
+    from PIL import Image
+
+    manifest = published(store, prefix)
+    if manifest is None:
+        return None
+    said: Any = read_json(store, prefix, JUDGED, manifest)
+    pictures = [
+        Image.open(io.BytesIO(read_bytes(store, prefix, _picture_name(i), manifest)))
+        for i in range(len(said["captions"]))
+    ]
+    return Judged(said["scores"], said["captions"], pictures, said["passed"])
+
+
+def _picture_name(index: int) -> str:
+    return f"picture-{index:03d}.png"
+
+
+def _png(picture: Image) -> bytes:
+    body = io.BytesIO()
+    picture.save(body, format="PNG")
+    return body.getvalue()

@@ -1,0 +1,178 @@
+"""Which plan to score next: the known starting points, then Optuna's proposals.
+
+Deterministic: trial n is proposed from the seed and from the results of the trials up to
+n − `lag`, told in order of number, and from nothing else. Results that arrive early wait. So the
+order in which workers finish does not matter, and a search that was cut off proposes again what it
+proposed before: its stored results are told as if they had just arrived.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from search.space import Space
+from trainers.students.plan import Plan
+
+Origin = Literal["exact", "uniform", "tpe"]
+
+_STEPS_AWAY = 16
+"""Points tried, ever farther from the one that Optuna drew, while they only give plans that were
+seen; then the solver's own order of plans is followed."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A size that plans are wanted for."""
+
+    label: str
+    limit: int
+    """Parameters."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan to score."""
+
+    number: int
+    budget: str
+    """Label of the budget it is made for."""
+    origin: Origin
+    plan: Plan
+
+
+class Proposals:
+    """Proposals for one search, each plan at most once.
+
+    After the starting points, the budgets take turns, each with an Optuna study of its own: what
+    makes a good plan at one size says little about another. Objectives: fidelity loss, parameters.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        targets: Sequence[Target],
+        *,
+        trials: int,
+        exact: int,
+        lag: int,
+        seed: int,
+    ) -> None:
+        """`exact`: how many of the solver's best plans a budget starts with."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._space = space
+        self._targets = list(targets)
+        self._lag = lag
+        self._seed = seed
+        self._total = trials
+        self._studies = {
+            target.label: optuna.create_study(directions=["minimize", "minimize"])
+            for target in targets
+        }
+        self._starts = self._starting_points(exact)
+        self._asked: list[Proposal] = []
+        self._seen: set[str] = set()
+        self._results: dict[int, float] = {}
+        self._told = 0
+        self._exhausted: set[str] = set()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to propose."""
+        every_plan_seen = len(self._exhausted) == len(self._targets)
+        return len(self._asked) >= self._total or every_plan_seen
+
+    def next(self) -> Proposal | None:
+        """The next proposal; None while it waits for results, and when `finished`."""
+        number = len(self._asked)
+        if self.finished or any(n not in self._results for n in range(number - self._lag + 1)):
+            return None
+        self._tell_until(number - self._lag)
+        if number < len(self._starts):
+            budget, origin, plan = self._starts[number]
+            return self._proposed(budget, origin, plan)
+        turn = (number - len(self._starts)) % len(self._targets)
+        for target in self._targets[turn:] + self._targets[:turn]:
+            if target.label not in self._exhausted:
+                proposal = self._propose(target)
+                if proposal:
+                    return proposal
+                self._exhausted.add(target.label)
+        return None
+
+    def tell(self, number: int, fidelity_loss: float | None) -> None:
+        """The result of a proposal; None or NaN when it failed."""
+        self._results[number] = math.nan if fidelity_loss is None else fidelity_loss
+
+    def _starting_points(self, exact: int) -> list[tuple[str, Origin, Plan]]:
+        """The best few exact plans and the uniform one of each budget, budgets in turn."""
+        columns: list[list[tuple[str, Origin, Plan]]] = []
+        for target in self._targets:
+            uniform = self._space.uniform(target.limit)
+            column: list[tuple[str, Origin, Plan]] = [
+                (target.label, "exact", plan) for plan in self._space.exact(target.limit, exact)
+            ]
+            if uniform:
+                column.insert(1, (target.label, "uniform", uniform))
+            columns.append(column)
+        starts: list[tuple[str, Origin, Plan]] = []
+        for row in range(max(map(len, columns))):
+            starts += [column[row] for column in columns if row < len(column)]
+        unique = {plan.digest: (budget, origin, plan) for budget, origin, plan in reversed(starts)}
+        return list(reversed(unique.values()))
+
+    def _propose(self, target: Target) -> Proposal | None:
+        """A plan not seen before within the target's limit; None when there is none left."""
+        import optuna
+
+        study = self._studies[target.label]
+        seed = (self._seed * 1_000_003 + len(self._asked)) % 2**32
+        # A sampler made anew for each trial has no state of its own to lose.
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=0, multivariate=True, seed=seed)
+        trial = study.ask()
+        drawn = self._space.suggest(trial)
+        # The study learns plans, not points: many points give the same plan.
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        rng = random.Random(seed)
+        for step in range(_STEPS_AWAY):
+            near = {name: _moved(hold, rng, step / _STEPS_AWAY) for name, hold in drawn.items()}
+            plan = next(self._space.plans(near, target.limit))
+            if plan.digest not in self._seen:
+                return self._proposed(target.label, "tpe", plan)
+        for plan in self._space.plans(dict.fromkeys(self._space.names, 0.0), target.limit):
+            if plan.digest not in self._seen:
+                return self._proposed(target.label, "exact", plan)
+        return None
+
+    def _proposed(self, budget: str, origin: Origin, plan: Plan) -> Proposal:
+        proposal = Proposal(len(self._asked), budget, origin, plan)
+        self._asked.append(proposal)
+        self._seen.add(plan.digest)
+        return proposal
+
+    def _tell_until(self, last: int) -> None:
+        import optuna
+
+        while self._told <= last:
+            proposal, loss = self._asked[self._told], self._results[self._told]
+            self._told += 1
+            if not math.isfinite(loss):
+                continue
+            holds = dict(self._space.encode(proposal.plan))
+            result = optuna.trial.create_trial(
+                params=holds,
+                distributions=dict.fromkeys(
+                    holds, optuna.distributions.FloatDistribution(0.0, 1.0)
+                ),
+                values=[loss, self._space.parameters(proposal.plan)],
+            )
+            self._studies[proposal.budget].add_trial(result)
+
+
+def _moved(hold: float, rng: random.Random, distance: float) -> float:
+    return min(1.0, max(0.0, hold + rng.gauss(0.0, 1.0) * distance))

@@ -1,0 +1,127 @@
+"""Publishes a budget's student: which finalist it is, the model folder with its card, the registry.
+
+`best/<budget>` always holds the registry's best of that budget. A sweep whose student is not the
+best keeps it in its own folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from search.card import CardFacts, write_card
+from search.report.data import Scores
+from storage import layout
+from storage.manifest import publish, published
+from storage.registry import Entry, add, best, entries
+from storage.store import Store
+from trainers.export import export_student
+from trainers.schedule import Schedule
+from trainers.students.plan import Plan
+from trainers.teacher import Teacher
+from trainers.worker import load_student
+
+MADE_FOR = "espalier.json"
+"""Beside model_index.json: what the model was made for and from; see cluster/cli/models.py."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A recovery that ended with a student."""
+
+    budget: str
+    """Its label."""
+    prefix: str
+    """Where its student lies in the store."""
+    plan: Plan
+    schedule: Schedule
+    parameters: int
+    loss_before: float
+    """Fidelity loss as assembled from the library."""
+    loss_after: float
+    scores: Scores | None
+    """The judge's."""
+
+    @property
+    def judge_score(self) -> float | None:
+        return None if self.scores is None else self.scores.overall
+
+
+def choose(finalists: Sequence[Finalist]) -> Finalist:
+    """The one to publish: by the rule of the registry, judge score before fidelity loss."""
+
+    def rank(finalist: Finalist) -> tuple[bool, float, float, int]:
+        score = finalist.judge_score
+        return (score is None, -(score or 0.0), finalist.loss_after, finalist.parameters)
+
+    return min(finalists, key=rank)
+
+
+def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> str:
+    """Enters the finalist in the registry, once; returns the prefix for its model folder."""
+    entry = Entry(
+        budget=finalist.budget,
+        plan_digest=finalist.plan.digest,
+        teacher=teacher.digest,
+        sweep=sweep,
+        prefix=finalist.prefix,
+        parameters=finalist.parameters,
+        fidelity_loss=finalist.loss_after,
+        judge_score=finalist.judge_score,
+    )
+    if not any(_same(entry, known) for known in entries(store, finalist.budget)):
+        add(store, entry)
+    leader = best(store, finalist.budget, teacher.digest)
+    if leader is not None and _same(entry, leader):
+        return layout.best(finalist.budget)
+    return f"{layout.sweep(sweep)}/students/{finalist.budget}"
+
+
+def write_model(
+    store: Store,
+    prefix: str,
+    teacher: Teacher,
+    finalist: Finalist,
+    facts: CardFacts,
+    resolution: int,
+) -> None:
+    """Publishes the student as a diffusers folder with its plan and card; once, it stays as it is.
+
+    `resolution`: pixels a side of the pictures it learned from. The card's own address is set here.
+    """
+    meta: dict[str, JsonValue] = {
+        "teacher": teacher.digest,
+        "plan": finalist.plan.digest,
+        "student": finalist.prefix,
+        "parameters": finalist.parameters,
+        "fidelity_loss": finalist.loss_after,
+        "judge_score": finalist.judge_score,
+    }
+    there = published(store, prefix)
+    if there is not None and there.meta == meta:
+        return
+    model, plan = load_student(store, finalist.prefix, teacher)
+    with tempfile.TemporaryDirectory(prefix="espalier-export-") as scratch:
+        folder = Path(scratch) / "model"
+        export_student(teacher, model, plan, folder)
+        student = dataclasses.replace(facts.student, url=f"{store.url}/{prefix}")
+        write_card(dataclasses.replace(facts, student=student), folder)
+        made_for = {"resolution": resolution, **meta}
+        (folder / MADE_FOR).write_text(json.dumps(made_for, indent=1) + "\n", encoding="utf-8")
+        files = {
+            file.relative_to(folder).as_posix(): file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        publish(store, prefix, files, meta)
+
+
+def _same(entry: Entry, other: Entry) -> bool:
+    """Whether two entries say the same; when they were made does not count."""
+    return entry.model_copy(update={"created": other.created}) == other

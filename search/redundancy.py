@@ -1,0 +1,264 @@
+"""Measures how redundant a teacher's blocks are, on a few training pictures. Plain torch.
+
+Linear probes and their chains follow PPCL (arXiv 2511.16156), importance Amber-Image
+(arXiv 2602.17047, without its weighting of timesteps: each band is given apart). Shapes: B batch,
+N image tokens, M text tokens, D width, T sampled tokens, L blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from search.analyse import AnalyseConfig, Analysis
+from search.cka import aligned, cka_map, kernel
+from trainers.data.latents import Latents, generator_at, make_inputs
+from trainers.progress import Progress, silent
+from trainers.students.families.base import Context, Family, Inputs, State
+from trainers.students.plan import BlockPlan
+from trainers.students.surgery import make_block
+
+RIDGE = 1e-4
+"""Added to a probe's Gram matrix, relative to its mean diagonal: calibration tokens are few."""
+
+
+@torch.no_grad()
+def analyse(
+    teacher: nn.Module,
+    family: Family,
+    latents: Latents,
+    candidates: Sequence[BlockPlan],
+    config: AnalyseConfig,
+    seed: int,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Measure a frozen teacher and estimate the damage of each candidate replacement.
+
+    The estimate of a span is the squared change of the velocity when all its blocks but the first
+    give way to their linear probes; of a narrower FFN, when the first block of the span alone is
+    narrowed by its channels' importance, added to that. Both are measured through the rest of the
+    teacher. Trained replacements do better; the order is what counts.
+    """
+    progress = progress or silent()
+    blocks = list(family.block_modules(teacher))
+    max_span = max(block.length for block in candidates)
+    batches = list(_calibration(teacher, latents, config, seed))
+    total = 2 * len(batches)
+
+    streams = {"image": _Stream(len(blocks)), "text": _Stream(len(blocks))}
+    for index, (inputs, _) in enumerate(batches):
+        states, _ = _states(teacher, family, blocks, inputs)
+        generator = generator_at(seed, index, "tokens")
+        share = math.ceil(config.tokens / len(batches))
+        for name, stream in streams.items():
+            stream.add([_tokens(state, inputs, name) for state in states], share, generator)
+        progress.update(index + 1, total)
+    probes = {name: stream.probes() for name, stream in streams.items()}
+
+    effects = _Effects(len(blocks), config.bands, candidates)
+    for index, (inputs, bands) in enumerate(batches):
+        _measure_effects(effects, teacher, family, blocks, inputs, bands, probes)
+        progress.update(len(batches) + index + 1, total)
+
+    maps = {name: cka_map(stream.samples()[1:]) for name, stream in streams.items()}
+    chains = {name: _chains(s.samples(), probes[name], max_span) for name, s in streams.items()}
+    return Analysis(
+        bands=_band_names(config.bands),
+        importance=effects.importance(),
+        image_cka=maps["image"],
+        text_cka=maps["text"],
+        image_chain=chains["image"],
+        text_chain=chains["text"],
+        damages=effects.damages(),
+    )
+
+
+def solve_probe(gram_DD: Tensor, cross_DD: Tensor) -> Tensor:
+    """The matrix W [D, D] of least squared ‖X W − Y‖, from XᵀX and XᵀY; slightly ridged.
+
+    Returned in float32. A residual probe has Y = block(X) − X.
+    """
+    gram = gram_DD.double()
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, cross_DD.double()).float()
+
+
+@dataclass
+class _Stream:
+    """One stream's Gram matrices over all tokens, and its states at some of them."""
+
+    blocks: int
+    _grams: list[Tensor] = field(default_factory=list)
+    _crosses: list[Tensor] = field(default_factory=list)
+    _samples: list[list[Tensor]] = field(default_factory=list)
+
+    def add(self, states: Sequence[Tensor], sampled: int, generator: torch.Generator) -> None:
+        """`states`: [tokens, D] before the first block and after each."""
+        chosen = torch.randperm(len(states[0]), generator=generator)[:sampled]
+        self._samples.append([state[chosen.to(state.device)].cpu() for state in states])
+        for i in range(self.blocks):
+            before_TD, residual_TD = states[i], states[i + 1] - states[i]
+            gram, cross = before_TD.T @ before_TD, before_TD.T @ residual_TD
+            if i < len(self._grams):
+                self._grams[i] += gram
+                self._crosses[i] += cross
+            else:
+                self._grams.append(gram)
+                self._crosses.append(cross)
+
+    def probes(self) -> list[Tensor]:
+        """A residual linear probe for each block. Frees the Gram matrices."""
+        solved = [solve_probe(g, c) for g, c in zip(self._grams, self._crosses, strict=True)]
+        self._grams.clear()
+        self._crosses.clear()
+        return solved
+
+    def samples(self) -> list[Tensor]:
+        """The states [T, D] at the sampled tokens, before the first block and after each."""
+        return [torch.cat(parts) for parts in zip(*self._samples, strict=True)]
+
+
+class _Effects:
+    """Squared changes of the velocity, summed over calibration pictures."""
+
+    def __init__(self, blocks: int, bands: int, candidates: Sequence[BlockPlan]) -> None:
+        self._candidates = candidates
+        self.spans = {block.span: 0.0 for block in candidates if block.length > 1}
+        self.narrowed = {
+            (i, block.ffn): 0.0
+            for block in candidates
+            if block.ffn < 1
+            for i in range(block.span[0], block.span[1] + 1)
+        }
+        self._skipped = torch.zeros(blocks, bands, dtype=torch.float64)
+        self._counts = torch.zeros(bands, dtype=torch.float64)
+        self._pictures = 0
+
+    def count(self, bands_B: Tensor) -> None:
+        self._counts += torch.bincount(bands_B, minlength=len(self._counts))
+        self._pictures += len(bands_B)
+
+    def skipped(self, block: int, change_B: Tensor, bands_B: Tensor) -> None:
+        self._skipped[block].index_add_(0, bands_B, change_B.double().cpu())
+
+    def importance(self) -> Tensor:
+        return (self._skipped / self._counts).float()
+
+    def damages(self) -> dict[BlockPlan, float]:
+        found: dict[BlockPlan, float] = {}
+        for block in self._candidates:
+            total = self.spans.get(block.span, 0.0)
+            if block.ffn < 1:
+                # The replacement starts from any one of its blocks: their mean.
+                first, last = block.span
+                narrowed = [self.narrowed[i, block.ffn] for i in range(first, last + 1)]
+                total += sum(narrowed) / len(narrowed)
+            found[block] = total / self._pictures
+        return found
+
+
+def _measure_effects(
+    effects: _Effects,
+    teacher: nn.Module,
+    family: Family,
+    blocks: Sequence[nn.Module],
+    inputs: Inputs,
+    bands_B: Tensor,
+    probes: dict[str, list[Tensor]],
+) -> None:
+    states, context = _states(teacher, family, blocks, inputs)
+    velocity_BNC = family.end(teacher, states[-1], context).float()
+
+    def change(state: State, after: int) -> Tensor:
+        """Mean squared change of each picture's velocity if `state` came after block `after`."""
+        for module in blocks[after + 1 :]:
+            state = family.run_block(module, state, context)
+        other_BNC = family.end(teacher, state, context).float()
+        return (other_BNC - velocity_BNC).square().mean(dim=(1, 2))
+
+    effects.count(bands_B)
+    for i in range(len(blocks)):
+        effects.skipped(i, change(states[i], i), bands_B)
+    for first, last in effects.spans:
+        state = states[first + 1]
+        for i in range(first + 1, last + 1):
+            state = State(
+                _probed(state.text_BMD, probes["text"][i]),
+                _probed(state.image_BND, probes["image"][i]),
+            )
+        effects.spans[first, last] += float(change(state, last).sum())
+    for i, fraction in effects.narrowed:
+        narrow = make_block(
+            family,
+            dict(cast("Any", teacher).config),
+            blocks,
+            BlockPlan(span=(i, i), ffn=fraction),
+        )
+        after = family.run_block(narrow, states[i], context)
+        effects.narrowed[i, fraction] += float(change(after, i).sum())
+
+
+def _states(
+    teacher: nn.Module, family: Family, blocks: Sequence[nn.Module], inputs: Inputs
+) -> tuple[list[State], Context]:
+    """The states before the first block and after each."""
+    state, context = family.begin(teacher, inputs)
+    states = [state]
+    for module in blocks:
+        state = family.run_block(module, state, context)
+        states.append(state)
+    return states, context
+
+
+def _tokens(state: State, inputs: Inputs, stream: str) -> Tensor:
+    """One stream's tokens that are not padding, [tokens, D] float32."""
+    if stream == "image":
+        return state.image_BND.flatten(0, 1).float()
+    text_BMD = state.text_BMD.float()
+    return text_BMD.flatten(0, 1) if inputs.mask_BM is None else text_BMD[inputs.mask_BM]
+
+
+def _probed(state_BND: Tensor, probe_DD: Tensor) -> Tensor:
+    return state_BND + state_BND @ probe_DD.to(state_BND)
+
+
+def _chains(samples: Sequence[Tensor], probes: Sequence[Tensor], max_span: int) -> Tensor:
+    kernels = [kernel(after_TD) for after_TD in samples[1:]]
+    chain = torch.full((len(probes), max_span), math.nan)
+    for u in range(len(probes)):
+        state_TD = samples[u + 1]
+        chain[u, 0] = 1.0
+        for k in range(u + 1, min(u + max_span, len(probes))):
+            state_TD = _probed(state_TD, probes[k].cpu())
+            chain[u, k - u] = aligned(kernel(state_TD), kernels[k])
+    return chain
+
+
+def _calibration(
+    teacher: nn.Module, latents: Latents, config: AnalyseConfig, seed: int
+) -> Iterator[tuple[Inputs, Tensor]]:
+    """Batches of inputs, and the band of each picture in them; band 0 is the noisiest."""
+    example = next(teacher.parameters())
+    pictures = latents.training[: config.pictures]
+    wanted = [(picture, band) for picture in pictures for band in range(config.bands)]
+    for start in range(0, len(wanted), config.batch_size):
+        chosen = wanted[start : start + config.batch_size]
+        batch = latents.batch([picture for picture, _ in chosen])
+        bands_B = torch.tensor([band for _, band in chosen])
+        generator = generator_at(seed, start, "analysis")
+        noise_BNC = torch.randn(batch.clean_BNC.shape, generator=generator)
+        t_B = 1 - (bands_B + torch.rand(len(chosen), generator=generator)) / config.bands
+        batch = batch.to(example.device, example.dtype)
+        yield make_inputs(batch, t_B, noise_BNC.to(batch.clean_BNC)), bands_B
+
+
+def _band_names(bands: int) -> tuple[str, ...]:
+    edges = [1 - i / bands for i in range(bands + 1)]
+    return tuple(f"{low:.2g}–{high:.2g}" for high, low in itertools.pairwise(edges))

@@ -1,0 +1,180 @@
+"""Everything a report says, as one frozen record: the page is a function of it and nothing else.
+
+Optional parts are empty or None where a sweep has none (no judge for this data, a stage not yet
+run); the page then leaves their section out. Fidelity losses are mean squared differences of the
+student's and the teacher's velocity; judge scores lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from trainers.schedule import Schedule
+    from trainers.students.plan import Plan
+
+State = Literal["complete", "failed"]
+"""A trial or finalist fails when its training or its score is not a number."""
+Matrix = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """The model that was compressed. `digest` is that of its transformer."""
+
+    name: str
+    digest: str
+    parameters: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class BudgetFacts:
+    """A wanted size: `label` as in best/<label>, `asked` as the config wrote it."""
+
+    label: str
+    asked: str
+    limit: int
+    """Parameters a student may have."""
+
+
+@dataclass(frozen=True)
+class TrialFacts:
+    """One scored plan. `fidelity_loss` is None when the trial failed."""
+
+    number: int
+    parameters: int
+    fidelity_loss: float | None
+    seconds: float
+    origin: str
+    """Who proposed it: "exact", "uniform", "tpe"."""
+    plan: Plan
+    state: State = "complete"
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """What the analysis measured of the teacher; L blocks."""
+
+    image_cka: Matrix
+    """[L][L], linear CKA of the image stream's states after each pair of blocks."""
+    text_cka: Matrix
+    importance: Matrix
+    """[L][bands], squared change of the velocity when that block's residual is left out."""
+    bands: tuple[str, ...]
+    """Names of the timestep bands, noisiest first."""
+
+
+@dataclass(frozen=True)
+class FinalistFacts:
+    """One recovery: a plan distilled by one schedule. `loss_after` is None when it failed."""
+
+    budget: str
+    trial: int
+    plan: Plan
+    schedule: Schedule
+    loss_before: float
+    loss_after: float | None
+    seconds: float
+    judge_score: float | None = None
+    chosen: bool = False
+    state: State = "complete"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the task's judge says of a model's pictures: the share that shows what was asked."""
+
+    families: Mapping[str, float]
+    overall: float
+    """Mean over families, each with equal weight."""
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """The published student of one budget."""
+
+    budget: str
+    plan: Plan
+    parameters: int
+    loss_before: float
+    """Assembled from the library, before recovery."""
+    loss_after: float
+    url: str
+    """Where its diffusers directory lies: a path or s3://…"""
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One caption drawn by the teacher and by every student from the same seed."""
+
+    caption: str
+    seed: int
+    teacher: Image
+    students: Mapping[str, Image]
+    """By budget label."""
+    passed: Mapping[str, bool] = field(default_factory=dict)
+    """The judge's verdict by budget label, and by "teacher"; a missing one is not shown."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage took. `skipped`: its output was there already, from this or another sweep."""
+
+    name: str
+    seconds: float
+    workers: int
+    skipped: bool = False
+    note: str = ""
+    """What it did, in a few words: "30 replacements trained, 0 reused"."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """From what, when and with what a sweep's results were made."""
+
+    sweep: str
+    created: str
+    """ISO 8601, UTC."""
+    seed: int
+    data: str
+    """The training pictures in one line: source, number, size."""
+    environment: Mapping[str, str]
+    """Versions by package, and the machine."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """A whole sweep, as the page shows it."""
+
+    provenance: Provenance
+    teacher: TeacherFacts
+    budgets: tuple[BudgetFacts, ...]
+    students: tuple[StudentFacts, ...]
+    trials: tuple[TrialFacts, ...] = ()
+    pareto: tuple[int, ...] = ()
+    """Numbers of the trials that no other beats in both size and fidelity loss."""
+    redundancy: Redundancy | None = None
+    finalists: tuple[FinalistFacts, ...] = ()
+    teacher_scores: Scores | None = None
+    pictures: tuple[PictureRow, ...] = ()
+    costs: tuple[StageCost, ...] = ()
+    sampling: Mapping[str, int | float] = field(default_factory=dict)
+    """Arguments of the pipeline call that drew the pictures: height, width, steps."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the stages that this sweep ran itself."""
+        return sum(cost.seconds for cost in self.costs if not cost.skipped)
+
+
+def kept(student: Scores | None, teacher: Scores | None) -> float | None:
+    """The part of the teacher's judge score that a student keeps; None without both scores."""
+    if student is None or teacher is None or teacher.overall == 0:
+        return None
+    return student.overall / teacher.overall

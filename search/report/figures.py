@@ -1,0 +1,391 @@
+"""The figures of a report, each with an alt text and a caption that says what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, legend
+from search.report.data import Matrix, PictureRow, ReportData, StudentFacts, TrialFacts
+from search.report.plan_picture import plan_drawing
+from search.report.words import count, duration, loss, percent, span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = {"exact": "D", "uniform": "s", "tpe": "o"}
+OTHER_MARKER = "^"
+"""For origins that a later searcher brings."""
+_Place = Callable[[TrialFacts], float]
+
+SHEET_PICTURES = 12
+"""Captions on the picture sheet, as many as a README shows."""
+
+
+def drawings(data: ReportData) -> list[Drawing]:
+    """Every figure that this sweep has data for, in the order of the page."""
+    made: list[Drawing] = []
+    if data.pictures:
+        made.append(_pictures(data))
+    if any(trial.fidelity_loss is not None for trial in data.trials):
+        made += [_pareto(data), _trials(data)]
+    if data.redundancy is not None:
+        made.append(_cka(data, "image", data.redundancy.image_cka))
+        made.append(_cka(data, "text", data.redundancy.text_cka))
+        made.append(_importance(data))
+    for student in data.students:
+        title = f"the {asked(data, student.budget)} student"
+        made.append(plan_drawing(student.plan, f"plan-{student.budget}", title))
+    if data.costs:
+        made.append(_cost(data))
+    return made
+
+
+def asked(data: ReportData, label: str) -> str:
+    """A budget as the config wrote it ("50%"), for its label ("50pct")."""
+    return next((budget.asked for budget in data.budgets if budget.label == label), label)
+
+
+def _pareto(data: ReportData) -> Drawing:
+    front = [t for t in data.trials if t.number in set(data.pareto)]
+    sizes = " to ".join(count(f(t.parameters for t in front)) for f in (min, max)) if front else "–"
+    recovered = ", ".join(
+        f"{asked(data, s.budget)} from {loss(s.loss_before)} to {loss(s.loss_after)}"
+        for s in data.students
+    )
+    return Drawing(
+        name="pareto",
+        alt=(
+            f"Scatter plot of {len(data.trials)} trials, size against fidelity loss; {len(front)} "
+            f"are on the Pareto front, {sizes} parameters. Recovery: {recovered or 'none yet'}."
+        ),
+        caption=(
+            "Every scored plan: further left is smaller, further down is closer to the teacher. "
+            "The line joins the plans that no other beats in both. A star is a published student; "
+            "its arrow is what recovery won after assembly from the library. Dotted lines are the "
+            "budgets."
+        ),
+        draw=lambda theme: _draw_pareto(data, front, theme),
+    )
+
+
+def _draw_pareto(data: ReportData, front: Sequence[TrialFacts], theme: Theme) -> Figure:
+    drawn = figure(540, 430, theme)
+    ax = axes(drawn, theme, grid="y")
+    _scatter(ax, data, theme, lambda trial: trial.parameters)
+    steps = sorted((t.parameters, t.fidelity_loss or 0.0) for t in front)
+    if steps:
+        ax.plot(*zip(*steps, strict=True), color=theme.ink, linewidth=1.2, zorder=2, label="Pareto")
+    for colour, student in _coloured(data, theme):
+        before, after = (
+            (student.parameters, student.loss_before),
+            (student.parameters, student.loss_after),
+        )
+        ax.annotate(
+            "", xy=after, xytext=before, zorder=4,
+            arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "shrinkB": 5},
+        )  # fmt: skip
+        name = f"{asked(data, student.budget)} student"
+        ax.scatter(
+            *after, marker="*", s=150, color=colour, edgecolor=theme.surface, zorder=5, label=name
+        )
+    for budget in data.budgets:
+        ax.axvline(budget.limit, color=theme.muted, linewidth=1, linestyle=":", zorder=1)
+    ax.set_yscale("log")
+    _plain_log(ax)
+    label(ax, theme, f"parameters (teacher: {count(data.teacher.parameters)})", "fidelity loss")
+    ax.xaxis.set_major_formatter(
+        lambda x, _: f"{count(x)}\n{percent(round(x / data.teacher.parameters, 2))}"
+    )
+    ax.locator_params("x", nbins=5)
+    legend(ax, theme)
+    return drawn
+
+
+def _trials(data: ReportData) -> Drawing:
+    failed = sum(trial.state == "failed" for trial in data.trials)
+    best = min(t.fidelity_loss for t in data.trials if t.fidelity_loss is not None)
+    return Drawing(
+        name="trials",
+        alt=(
+            f"Fidelity loss of {len(data.trials)} trials in the order they were proposed; lowest "
+            f"{loss(best)}; {failed} failed."
+        ),
+        caption=(
+            "The search in the order it proposed. A line is the best plan so far that fits that "
+            "budget; where it steps down, the search found what its starting points had not. Exact "
+            "and uniform plans are starting points, TPE learns from all before it."
+            + (f" Crosses at the top: {failed} failed trials." if failed else "")
+        ),
+        draw=lambda theme: _draw_trials(data, theme),
+    )
+
+
+def _draw_trials(data: ReportData, theme: Theme) -> Figure:
+    drawn = figure(540, 430, theme)
+    ax = axes(drawn, theme, grid="y")
+    _scatter(ax, data, theme, lambda trial: trial.number)
+    colours = {student.budget: colour for colour, student in _coloured(data, theme)}
+    for budget in data.budgets:
+        line = best_so_far(data.trials, budget.limit)
+        if line:
+            ax.step(
+                *zip(*line, strict=True), where="post", linewidth=1.8, zorder=2,
+                color=colours.get(budget.label, theme.muted), label=f"best within {budget.asked}",
+            )  # fmt: skip
+    ax.set_yscale("log")
+    _plain_log(ax)
+    failed = [trial.number for trial in data.trials if trial.state == "failed"]
+    ax.plot(
+        failed, [0.98] * len(failed), "x", color=theme.muted, markersize=5,
+        transform=ax.get_xaxis_transform(),
+    )  # fmt: skip
+    ax.locator_params("x", integer=True)
+    label(ax, theme, "trial", "fidelity loss")
+    legend(ax, theme)
+    return drawn
+
+
+def best_so_far(trials: Sequence[TrialFacts], limit: int) -> list[tuple[int, float]]:
+    """(trial number, lowest fidelity loss up to it) over the trials of at most `limit` parameters.
+
+    The last point repeats the lowest loss at the last trial, so that the line reaches the end.
+    """
+    line: list[tuple[int, float]] = []
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        value = trial.fidelity_loss
+        if value is not None and trial.parameters <= limit and (not line or value < line[-1][1]):
+            line.append((trial.number, value))
+    if line:
+        line.append((max(trial.number for trial in trials), line[-1][1]))
+    return line
+
+
+def _cka(data: ReportData, stream: str, matrix: Matrix) -> Drawing:
+    neighbours = [matrix[i][i + 1] for i in range(len(matrix) - 1)] or [1.0]
+    merged = "; ".join(
+        f"{asked(data, student.budget)}: "
+        + (", ".join(span(*b.span) for b in student.plan.blocks if b.length > 1) or "none")
+        for student in data.students
+    )
+    return Drawing(
+        name=f"cka-{stream}",
+        alt=(
+            f"Heat map of linear CKA between the {stream} states after every two teacher blocks; "
+            f"neighbours lie between {min(neighbours):.2f} and {max(neighbours):.2f}. "
+            f"Merged spans: {merged or 'none'}."
+        ),
+        caption=(
+            f"How alike the teacher’s {stream} states are after any two of its blocks (linear CKA, "
+            "1 = the same up to rotation and scale). Bright squares on the diagonal are runs of "
+            "blocks that change little. The steps frame the spans that each student merges."
+        ),
+        draw=lambda theme: _draw_cka(data, matrix, theme),
+    )
+
+
+def _draw_cka(data: ReportData, matrix: Matrix, theme: Theme) -> Figure:
+    drawn = figure(520, 490, theme)
+    ax = axes(drawn, theme)
+    shown = ax.imshow(matrix, cmap="cividis", vmax=1.0, interpolation="nearest")
+    for order, (colour, student) in enumerate(_coloured(data, theme)):
+        for block in student.plan.blocks:
+            if block.length == 1:
+                continue
+            low, high = block.span[0] - 0.5, block.span[1] + 0.5
+            # The matrix is symmetric: one student's frames stand above its diagonal, the next one's
+            # below, and neither hides the other.
+            above = ([low, high, high], [low, low, high])
+            below = ([low, low, high], [low, high, high])
+            halves = (above, below) if len(data.students) == 1 else ((above, below)[order % 2],)
+            for xs, ys in halves:
+                for line, line_colour in ((4.2, theme.surface), (2.4, colour)):
+                    ax.plot(xs, ys, color=line_colour, linewidth=line, clip_on=False)
+        ax.plot([], [], "s", markerfacecolor="none", markeredgewidth=1.9, color=colour,
+                label=f"{asked(data, student.budget)} student")  # fmt: skip
+    bar = drawn.colorbar(shown, ax=ax, shrink=0.86, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=theme.muted, labelsize=12 * POINTS, length=0)
+    ax.locator_params("x", integer=True)
+    ax.locator_params("y", integer=True)
+    label(ax, theme, "after block", "after block")
+    if data.students:
+        legend(ax, theme)
+    return drawn
+
+
+def _importance(data: ReportData) -> Drawing:
+    assert data.redundancy is not None
+    rows = data.redundancy.importance
+    total = [sum(row) / max(len(row), 1) for row in rows]
+    order = sorted(range(len(total)), key=total.__getitem__)
+    least, most = (", ".join(map(str, sorted(part))) for part in (order[:3], order[-3:]))
+    return Drawing(
+        name="importance",
+        alt=(
+            f"Importance of {len(rows)} teacher blocks in {len(data.redundancy.bands)} timestep "
+            f"bands, log scale. Least important on average: {least}; most: {most}."
+        ),
+        caption=(
+            "What the teacher loses without one block: the squared change of its velocity when "
+            "that block’s residual is left out, for each band of timesteps. Low blocks are the "
+            "first candidates to be merged; a block whose lines lie far apart matters at one noise "
+            "level more than at another."
+        ),
+        draw=lambda theme: _draw_importance(data, theme),
+    )
+
+
+def _draw_importance(data: ReportData, theme: Theme) -> Figure:
+    assert data.redundancy is not None
+    drawn = figure(900, 340, theme)
+    ax = axes(drawn, theme, grid="y")
+    columns = zip(*data.redundancy.importance, strict=True)
+    for number, (band, column) in enumerate(zip(data.redundancy.bands, columns, strict=True)):
+        ax.plot(
+            column, "o-", markersize=4, linewidth=1.5, label=band,
+            color=theme.series[(number + 1) % len(theme.series)],
+        )  # fmt: skip
+    ax.set_yscale("log")
+    ax.locator_params("x", integer=True)
+    label(ax, theme, "block left out", "change of the velocity")
+    legend(ax, theme)
+    return drawn
+
+
+def _cost(data: ReportData) -> Drawing:
+    ran = [cost for cost in data.costs if not cost.skipped]
+    longest = max(ran, key=lambda cost: cost.seconds, default=None)
+    share = percent(round(longest.seconds / (data.seconds or 1), 3)) if longest else ""
+    return Drawing(
+        name="cost",
+        alt="Bar chart of wall time by stage: "
+        + ", ".join(
+            f"{c.name} {'reused' if c.skipped else duration(c.seconds)}" for c in data.costs
+        )
+        + ".",
+        caption=(
+            f"Where the {duration(data.seconds)} went"
+            + (f": {longest.name} took {share}." if longest else ".")
+            + " A stage whose output was already in storage is reused and costs nothing."
+        ),
+        draw=lambda theme: _draw_cost(data, theme),
+    )
+
+
+def _draw_cost(data: ReportData, theme: Theme) -> Figure:
+    drawn = figure(560, 24 + 34 * len(data.costs), theme)
+    ax = axes(drawn, theme)
+    names = [cost.name for cost in data.costs]
+    spent = [0.0 if cost.skipped else cost.seconds for cost in data.costs]
+    ax.barh(names, spent, height=0.62, color=theme.spans[0])
+    for place, (cost, seconds) in enumerate(zip(data.costs, spent, strict=True)):
+        workers = f"{cost.workers} worker{'s' * (cost.workers != 1)}"
+        words = "reused" if cost.skipped else f"{duration(seconds)} · {workers}"
+        ax.annotate(
+            words, (seconds, place), xytext=(5, 0), textcoords="offset points", va="center",
+            color=theme.muted, fontsize=12 * POINTS,
+        )  # fmt: skip
+    ax.invert_yaxis()
+    # Room for the words beside the longest bar.
+    ax.set_xlim(0, (max(spent, default=0) or 1) * 1.42)
+    ax.tick_params(axis="y", colors=theme.ink)
+    # Every bar says its own time.
+    ax.xaxis.set_visible(False)
+    ax.spines["bottom"].set_visible(False)
+    return drawn
+
+
+def _pictures(data: ReportData) -> Drawing:
+    rows = spread(data.pictures, SHEET_PICTURES)
+    names = ", ".join(f"the {asked(data, student.budget)} student" for student in data.students)
+    return Drawing(
+        name="pictures",
+        alt=f"Pictures by the teacher and by {names or 'no student'} for {len(rows)} captions.",
+        caption="Same caption and same seed in every column.",
+        draw=lambda theme: _draw_pictures(data, rows, theme),
+    )
+
+
+def spread(rows: Sequence[PictureRow], most: int) -> list[PictureRow]:
+    """At most `most` rows, taken evenly from all: captions usually come family by family."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * len(rows) // most] for i in range(most)]
+
+
+def _draw_pictures(data: ReportData, rows: Sequence[PictureRow], theme: Theme) -> Figure:
+    """A sheet of cells, `across` captions a line, each caption over its pictures."""
+    across = min(3, len(rows))
+    names = ["teacher", *(student.budget for student in data.students)]
+    lines = -(-len(rows) // across)
+    side, head, foot, between = 96, 34, 22, 18
+    wide = len(names) * side + between
+    width, height = across * wide + between, lines * (head + side + foot) + between
+    drawn = figure(width, height, theme)
+    drawn.set_layout_engine("none")
+    ax = drawn.add_axes((0, 0, 1, 1), frame_on=False)
+    for number, row in enumerate(rows):
+        left = between + number % across * wide
+        top = between / 2 + number // across * (head + side + foot)
+        ax.text(
+            left, top + head - 8, _wrapped(row.caption, wide), va="bottom", color=theme.ink,
+            fontsize=11.5 * POINTS, linespacing=1.15,
+        )  # fmt: skip
+        for column, name in enumerate(names):
+            picture = row.teacher if name == "teacher" else row.students.get(name)
+            if picture is None:
+                continue
+            x, y = left + column * side, top + head
+            # Twice the cell is what the PNG shows; drawing all of a large picture takes seconds.
+            small = picture.copy()
+            small.thumbnail((2 * side, 2 * side))
+            ax.imshow(small, extent=(x, x + side - 4, y + side - 4, y), interpolation="nearest")
+            ax.text(
+                x + side / 2 - 2, y + side + 5, name if name == "teacher" else asked(data, name),
+                ha="center", va="center", color=theme.muted, fontsize=11 * POINTS,
+            )  # fmt: skip
+    # imshow sets the limits and the aspect to its own picture, so these come last.
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    ax.set_axis_off()
+    return drawn
+
+
+def _wrapped(caption: str, width: int) -> str:
+    import textwrap
+
+    lines = textwrap.wrap(caption, max(12, width // 7))
+    return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
+
+
+def _scatter(ax: Axes, data: ReportData, theme: Theme, x: _Place) -> None:
+    """All trials that have a loss, a marker per origin."""
+    origins = sorted({t.origin for t in data.trials}, key=lambda o: (o not in MARKERS, o))
+    for origin in origins:
+        points = [
+            (x(trial), trial.fidelity_loss)
+            for trial in data.trials
+            if trial.origin == origin and trial.fidelity_loss is not None
+        ]
+        if points:
+            xs, ys = zip(*points, strict=True)
+            ax.scatter(
+                xs, ys, marker=MARKERS.get(origin, OTHER_MARKER), s=30, zorder=3, label=origin,
+                facecolor=theme.neutral if origin == "tpe" else theme.ink,
+                edgecolor=theme.muted, linewidth=0.7,
+            )  # fmt: skip
+
+
+def _coloured(data: ReportData, theme: Theme) -> list[tuple[str, StudentFacts]]:
+    """Students with the colour each has in every figure."""
+    return [(theme.series[i % len(theme.series)], s) for i, s in enumerate(data.students)]
+
+
+def _plain_log(ax: Axes) -> None:
+    """Ticks like 0.05 instead of powers of ten, some also where the axis spans no whole decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")

@@ -1,0 +1,47 @@
+"""Numbers as a person reads them; shared by the page, the figures and the model card."""
+
+from __future__ import annotations
+
+
+def count(number: float) -> str:
+    """20430401088 -> "20.4B", 923648 -> "924k", 812 -> "812": three significant digits."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999 600 rounds to 1 000k: the next unit says it better.
+        if abs(number) >= size * 0.9995:
+            return significant(number / size) + unit
+    return f"{number:.0f}"
+
+
+def significant(number: float) -> str:
+    """Three significant digits without an exponent: 20.4, 1.85, 924."""
+    if abs(number) >= 99.95:
+        return f"{number:.0f}"
+    return f"{number:.1f}" if abs(number) >= 9.995 else f"{number:.2f}"
+
+
+def percent(part: float) -> str:
+    """0.4979 -> "49.8%", 1.0 -> "100%"."""
+    return f"{100 * part:.1f}".removesuffix(".0") + "%"
+
+
+def duration(seconds: float) -> str:
+    """0.42 -> "0.4 s", 75 -> "1 min 15 s", 7300 -> "2 h 02 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def loss(number: float | None) -> str:
+    """0.03127 -> "0.0313", 0.00000123 -> "1.23e-06", None -> "–"."""
+    return "–" if number is None else f"{number:.3g}"
+
+
+def span(first: int, last: int) -> str:
+    """(3, 4) -> "3–4", (7, 7) -> "7"."""
+    return str(first) if first == last else f"{first}–{last}"

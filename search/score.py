@@ -1,0 +1,150 @@
+"""Scores plans on warm models: assembles a student from the library and measures its fidelity.
+
+Nothing is copied: a student is the teacher with some of its blocks taken from the library, run
+block by block. Plain torch; search/study.py puts it into Ray actors. Shapes: B batch, N image
+tokens, C latent channels of a packed token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import JsonValue
+
+from storage.digest import digest_json
+from storage.store import Store, StoreOptions, open_store
+from trainers.library.library import Library
+from trainers.probe import FidelityProbe, ProbeConfig, make_probe
+from trainers.students.families.base import Family
+from trainers.students.plan import BlockPlan, Plan
+from trainers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Score(NamedTuple):
+    """What a plan is worth."""
+
+    fidelity_loss: float
+    """NaN when the student's velocity is."""
+    seconds: float
+    """To assemble and measure it."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that a process needs to score plans: cheap to send, opened once in each."""
+
+    teacher: Teacher
+    url: str
+    """Of the store that holds latents and library, and takes the scores."""
+    encoding: str
+    """Prefix of the latents."""
+    replacements: tuple[tuple[BlockPlan, str], ...]
+    """The library: each replacement and its prefix."""
+    scores: str
+    """Prefix that scores are kept under."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    seed: int = 0
+    options: StoreOptions | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    """CPU threads of a scoring process; None leaves torch alone."""
+
+    def key(self, plan: Plan) -> str:
+        """Where a plan's score is kept; another for another teacher, probe or replacement."""
+        prefixes = dict(self.replacements)
+        measured: dict[str, JsonValue] = {
+            "teacher": self.teacher.digest,
+            "encoding": self.encoding,
+            "probe": self.probe.model_dump(mode="json"),
+            "seed": self.seed,
+            "plan": plan.digest,
+            "replacements": [prefixes[b] for b in plan.blocks if b.start == "library"],
+        }
+        return f"{self.scores}/{digest_json(measured)}.json"
+
+    def open(self) -> Scorer:
+        """Loads teacher, library and probe."""
+        import torch
+
+        from trainers.data.latents import open_latents
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        store = open_store(self.url, self.options)
+        model = self.teacher.transformer(device=self.device)
+        latents = open_latents(store, self.encoding)
+        probe = make_probe(model, self.teacher.family, latents, self.probe, self.seed)
+        return Scorer(self.teacher, model, Library(store, dict(self.replacements)), probe, store)
+
+
+class Scorer:
+    """Warm models. Each replacement is loaded when a plan first asks for it, and kept."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        model: nn.Module,
+        library: Library,
+        probe: FidelityProbe,
+        store: Store,
+    ) -> None:
+        self.store = store
+        self._family: Family = teacher.family
+        self._config = teacher.config
+        self._model = model
+        self._own = list(self._family.block_modules(model))
+        self._library = library
+        self._probe = probe
+        self._loaded: dict[BlockPlan, nn.Module] = {}
+
+    def score(self, plan: Plan) -> Score:
+        """Measure a plan whose blocks are the teacher's own or the library's."""
+        started = time.perf_counter()
+        loss = composed_loss(
+            self._model, self._family, [self._block(block) for block in plan.blocks], self._probe
+        )
+        return Score(loss, time.perf_counter() - started)
+
+    def _block(self, block: BlockPlan) -> nn.Module:
+        if block.untouched:
+            return self._own[block.span[0]]
+        if block not in self._loaded:
+            example = next(self._model.parameters())
+            module = self._family.build_block(self._config, block, "meta")
+            weights = {
+                name: tensor.to(example.device, example.dtype)
+                for name, tensor in self._library(block).items()
+            }
+            module.load_state_dict(weights, assign=True)
+            self._loaded[block] = module.requires_grad_(False).eval()
+        return self._loaded[block]
+
+
+def composed_loss(
+    teacher: nn.Module, family: Family, blocks: Sequence[nn.Module], probe: FidelityProbe
+) -> float:
+    """Fidelity loss of the student that has these blocks inside the teacher's outside.
+
+    The same as `fidelity_loss` of the assembled student. NaN when its velocity is.
+    """
+    import torch
+
+    from trainers.losses import velocity_loss
+
+    total, pictures = 0.0, 0
+    with torch.no_grad():
+        for chunk in probe.chunks:
+            state, context = family.begin(teacher, chunk.inputs)
+            for block in blocks:
+                state = family.run_block(block, state, context)
+            velocity_BNC = family.end(teacher, state, context)
+            count = len(chunk.velocity_BNC)
+            total += float(velocity_loss(velocity_BNC, chunk.velocity_BNC)) * count
+            pictures += count
+    return total / pictures

@@ -1,0 +1,63 @@
+"""Stage 2: how redundant each block of the teacher is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from search.analyse import AnalyseConfig, save_analysis
+from search.stages.place import Site, place
+from search.stages.stage import Outcome, Stage
+from search.sweep import Sweep
+from trainers.progress import Progress
+from trainers.students.plan import BlockPlan
+from trainers.teacher import Teacher
+
+
+def run(sweep: Sweep, progress: Progress) -> Outcome:
+    place(
+        sweep,
+        _measure,
+        progress,
+        teacher=sweep.teacher,
+        encoded=sweep.encoded_prefix,
+        candidates=sweep.candidates,
+        config=sweep.config.analyse,
+        seed=sweep.config.seed,
+        out=sweep.analysis_prefix,
+    )
+    return Outcome(
+        f"{sweep.teacher_blocks} blocks, {len(sweep.candidates)} candidate replacements", {}
+    )
+
+
+def _measure(
+    site: Site,
+    teacher: Teacher,
+    encoded: str,
+    candidates: Sequence[BlockPlan],
+    config: AnalyseConfig,
+    seed: int,
+    out: str,
+) -> None:
+    from search.redundancy import analyse
+    from trainers.data.latents import open_latents
+
+    analysis = analyse(
+        teacher.transformer(device=site.device),
+        teacher.family,
+        open_latents(site.store, encoded),
+        candidates,
+        config,
+        seed,
+        site.progress,
+    )
+    save_analysis(site.store, out, analysis)
+
+
+ANALYSE = Stage(
+    name="analyse",
+    digest=lambda sweep: sweep.analysis_digest,
+    shared=lambda sweep: sweep.analysis_prefix,
+    run=run,
+    placed=True,
+)

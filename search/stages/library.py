@@ -1,0 +1,66 @@
+"""Stage 3: a trained replacement for every span and width that the analysis nominates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from search.analyse import load_analysis, nominate
+from search.stages.stage import Outcome, Stage
+from search.sweep import Sweep, SweepError
+from trainers.library.workers import train_library
+from trainers.progress import Progress
+from trainers.students.plan import BlockPlan
+
+
+def run(sweep: Sweep, progress: Progress) -> Outcome:
+    config = sweep.config
+    report = train_library(
+        sweep.teacher,
+        nominated(sweep),
+        sweep.store,
+        sweep.encoded_prefix,
+        config.library,
+        options=config.store,
+        workers=config.workers,
+        accelerator=config.accelerator,
+        seed=config.seed,
+        progress=progress,
+    )
+    failed = f", {len(report.failed)} failed" if report.failed else ""
+    return Outcome(
+        f"{report.trained} replacements trained, {report.reused} reused{failed}",
+        {
+            "trained": report.trained,
+            "reused": report.reused,
+            "failed": [[list(b.span), b.ffn, why] for b, why in report.failed.items()],
+            "replacements": [
+                [block.model_dump(mode="json"), prefix] for block, prefix in report.prefixes.items()
+            ],
+        },
+    )
+
+
+def nominated(sweep: Sweep) -> list[BlockPlan]:
+    """The replacements that the library of this sweep holds."""
+    analysis = load_analysis(sweep.store, sweep.analysis_prefix)
+    if analysis is None:
+        raise SweepError("library: needs the output of `analyse`; run `espalier analyse` first")
+    return nominate(
+        analysis.damages,
+        sweep.teacher.family.name,
+        sweep.teacher.config,
+        sorted(sweep.limits.values(), reverse=True),
+        sweep.config.analyse.replacements,
+    )
+
+
+def library_prefixes(sweep: Sweep) -> dict[BlockPlan, str]:
+    """Where the usable replacements of this sweep's library live."""
+    record = LIBRARY.record(sweep)
+    if record is None:
+        raise SweepError("search: needs the output of `library`; run `espalier library` first")
+    stored: Any = record.facts["replacements"]
+    return {BlockPlan.model_validate(block): prefix for block, prefix in stored}
+
+
+LIBRARY = Stage(name="library", digest=lambda sweep: sweep.library_digest, run=run)

@@ -1,0 +1,172 @@
+"""Stage 6: the best student of every budget, judged, published and registered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import JsonValue
+
+from search.card import CardFacts
+from search.judging import (
+    JudgeConfig,
+    Judged,
+    captions_for,
+    judge_model,
+    read_judged,
+    write_judged,
+)
+from search.publish import Finalist, choose, register, write_model
+from search.recover import Recovery
+from search.report.data import StudentFacts
+from search.stages.facts import (
+    hub_name,
+    licence,
+    provenance,
+    sampling,
+    scores,
+    stage_costs,
+    teacher_facts,
+)
+from search.stages.place import Site, place
+from search.stages.recover import recoveries_of
+from search.stages.stage import Outcome, Stage
+from search.sweep import Sweep
+from storage import layout
+from storage.digest import digest_json
+from trainers.progress import Progress
+from trainers.students.counts import plan_parameters
+from trainers.teacher import Teacher
+
+BEFORE = ("encode", "analyse", "library", "search", "recover")
+"""The stages whose cost a card tells."""
+TEACHER = "teacher"
+"""What stands for the teacher where a student is named by the prefix of its recovery."""
+
+
+def run(sweep: Sweep, progress: Progress) -> Outcome:
+    candidates = _best_recoveries(sweep)
+    models = [TEACHER, *(r.student for rs in candidates.values() for r in rs)]
+    missing = [model for model in models if judged_of(sweep, model) is None]
+    if missing:
+        place(
+            sweep,
+            _judge,
+            progress,
+            teacher=sweep.teacher,
+            encoded=sweep.encoded_prefix,
+            models=[(model, judged_prefix(sweep, model)) for model in missing],
+            config=sweep.config.judge,
+            size=sweep.config.data.resolution,
+        )
+    students: dict[str, Any] = {}
+    for budget, recoveries in candidates.items():
+        finalist = choose([_finalist(sweep, recovery) for recovery in recoveries])
+        prefix = register(sweep.store, sweep.teacher, sweep.name, finalist)
+        write_model(
+            sweep.store,
+            prefix,
+            sweep.teacher,
+            finalist,
+            _card_facts(sweep, finalist),
+            sweep.config.data.resolution,
+        )
+        students[budget] = {"finalist": finalist.prefix, "prefix": prefix}
+    return Outcome(f"{len(students)} models published", {"students": students})
+
+
+def judged_prefix(sweep: Sweep, model: str) -> str:
+    """Where the pictures and scores of a model are kept; `model` is a finalist's or TEACHER."""
+    made_from: JsonValue = [
+        sweep.teacher.digest,
+        sweep.teacher.encoder_digest,
+        sweep.encoded_digest,
+        model,
+        sweep.config.judge.model_dump(mode="json", exclude={"finalists"}),
+    ]
+    return f"{layout.sweep(sweep.name)}/judged/{digest_json(made_from)}"
+
+
+def judged_of(sweep: Sweep, model: str) -> Judged | None:
+    """What a model drew and how it was judged, if it has been."""
+    return read_judged(sweep.store, judged_prefix(sweep, model))
+
+
+def _best_recoveries(sweep: Sweep) -> dict[str, list[Recovery]]:
+    """By budget, those that are judged; `recover` has seen to it that there is one."""
+    recoveries = recoveries_of(sweep)
+    best: dict[str, list[Recovery]] = {}
+    for label in sweep.limits:
+        whole = [r for r in recoveries if r.budget == label and r.fidelity_loss is not None]
+        whole.sort(key=lambda r: r.fidelity_loss or 0.0)
+        best[label] = whole[: sweep.config.judge.finalists]
+    return best
+
+
+def _judge(
+    site: Site,
+    teacher: Teacher,
+    encoded: str,
+    models: Sequence[tuple[str, str]],
+    config: JudgeConfig,
+    size: int,
+) -> None:
+    """Draws and judges with each model, on one set of encoders; `models` names where results go."""
+    from trainers.data.latents import open_latents
+    from trainers.teacher import load_folder
+    from trainers.worker import load_student
+
+    latents = open_latents(site.store, encoded)
+    captions = captions_for(config, latents.captions(latents.held_out))
+    pipeline: Any = load_folder(teacher.folder, None, site.device, without=("transformer",))
+    for done, (model, out) in enumerate(models):
+        site.progress.update(done, len(models), pictures=len(captions))
+        if model == TEACHER:
+            transformer = teacher.transformer(device=site.device)
+        else:
+            transformer, _ = load_student(site.store, model, teacher, site.device)
+        pipeline.register_modules(transformer=transformer)
+        write_judged(site.store, out, judge_model(pipeline, config, captions, size))
+    site.progress.update(len(models), len(models))
+
+
+def _finalist(sweep: Sweep, recovery: Recovery) -> Finalist:
+    assert recovery.fidelity_loss is not None, recovery
+    return Finalist(
+        budget=recovery.budget,
+        prefix=recovery.student,
+        plan=recovery.plan,
+        schedule=recovery.schedule,
+        parameters=plan_parameters(recovery.plan, sweep.teacher.config),
+        loss_before=recovery.loss_before,
+        loss_after=recovery.fidelity_loss,
+        scores=scores(judged_of(sweep, recovery.student)),
+    )
+
+
+def _card_facts(sweep: Sweep, finalist: Finalist) -> CardFacts:
+    teacher = judged_of(sweep, TEACHER)
+    return CardFacts(
+        asked=next(b.asked for b in sweep.config.budgets if b.label == finalist.budget),
+        teacher=teacher_facts(sweep),
+        student=StudentFacts(
+            budget=finalist.budget,
+            plan=finalist.plan,
+            parameters=finalist.parameters,
+            loss_before=finalist.loss_before,
+            loss_after=finalist.loss_after,
+            url="",
+            scores=finalist.scores,
+        ),
+        schedule=finalist.schedule,
+        provenance=provenance(sweep),
+        teacher_scores=scores(teacher),
+        costs=stage_costs(sweep, BEFORE),
+        sampling=sampling(sweep),
+        caption=teacher.captions[0] if teacher and teacher.captions else "a picture",
+        base_model=hub_name(sweep.teacher),
+        licence=licence(sweep.teacher),
+    )
+
+
+PUBLISH = Stage(name="publish", digest=lambda sweep: sweep.publish_digest, run=run, placed=True)

@@ -1,0 +1,65 @@
+"""Stage 4: plans proposed, assembled and scored on warm actors."""
+
+from __future__ import annotations
+
+from search.proposals import Target
+from search.score import Bench
+from search.stages.library import library_prefixes
+from search.stages.stage import Outcome, Stage
+from search.sweep import Sweep, SweepError
+from search.trials import Trial, best_trials, library_space, load_trials, run_search
+from storage import layout
+from trainers.library.library import Library
+from trainers.placement import share_of
+from trainers.progress import Progress
+
+
+def run(sweep: Sweep, progress: Progress) -> Outcome:
+    config = sweep.config
+    prefixes = library_prefixes(sweep)
+    share = share_of(config.workers, config.accelerator)
+    bench = Bench(
+        teacher=sweep.teacher,
+        url=sweep.store.url,
+        encoding=sweep.encoded_prefix,
+        replacements=tuple(prefixes.items()),
+        scores=f"{layout.search(sweep.name)}/scores",
+        probe=config.search.probe,
+        seed=config.seed,
+        options=config.store,
+        device=share.device,
+        threads=share.threads,
+    )
+    trials = run_search(
+        library_space(sweep.teacher, Library(sweep.store, prefixes)),
+        [Target(label, limit) for label, limit in sweep.limits.items()],
+        bench,
+        config.search,
+        sweep.store,
+        layout.search(sweep.name),
+        workers=config.workers,
+        cpus=share.num_cpus,
+        gpus=share.num_gpus,
+        seed=config.seed,
+        progress=progress,
+    )
+    for label, limit in sweep.limits.items():
+        if not best_trials(trials, limit):
+            raise SweepError(
+                f"search: no trial within budget {label} has a finite fidelity loss; train the "
+                "library with a lower library.lr"
+            )
+    failed = sum(trial.state == "failed" for trial in trials)
+    said = f"{len(trials)} plans scored" + (f", {failed} failed" if failed else "")
+    return Outcome(said, {"trials": len(trials), "failed": failed})
+
+
+def trials_of(sweep: Sweep) -> list[Trial]:
+    """The trials of this sweep's finished search."""
+    trials = load_trials(sweep.store, layout.search(sweep.name))
+    if trials is None:
+        raise SweepError("recover: needs the output of `search`; run `espalier search` first")
+    return trials
+
+
+SEARCH = Stage(name="search", digest=lambda sweep: sweep.search_digest, run=run)

@@ -1,0 +1,161 @@
+"""What Ray Tune sees of a search: a Searcher that hands out proposals, a Trainable that scores.
+
+Import this late: it imports Ray Tune.
+
+Tune is used for what it does well, keeping scoring actors warm and busy. It keeps no state: scores
+go to our store as they are made, and a search that was cut off replays its proposals
+(search/proposals.py). So its loggers, checkpoints and result files are all switched off, which
+also brings its cost to about 15 ms a trial.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from search.proposals import Proposal, Proposals
+from search.score import Bench, Score, Scorer
+from storage.errors import EspalierError
+from trainers.students.plan import Plan
+
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
+    "TUNE_WARN_SLOW_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "1e9",
+    # Ctrl-C must reach the sweep; Tune would end the search early and call it finished.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""Environment of the process that runs Tune."""
+
+
+@contextmanager
+def quiet_tune() -> Iterator[None]:
+    """Sets `QUIET` inside, and puts back what was there."""
+    before = {name: os.environ.get(name) for name in QUIET}
+    os.environ.update(QUIET)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class PlanSearcher(Searcher):
+    """Hands Tune the plans whose score is not known yet.
+
+    `known` gives the stored score of a proposal, if any; `scored` hears of every score, known or
+    new, as it arrives. After an error no further plan is handed out, and `error` says why.
+    """
+
+    def __init__(
+        self,
+        proposals: Proposals,
+        known: Callable[[Proposal], Score | None],
+        scored: Callable[[Proposal, Score], None],
+    ) -> None:
+        super().__init__()
+        self._proposals = proposals
+        self._known = known
+        self._scored = scored
+        self._running: dict[str, Proposal] = {}
+        self._waiting: Proposal | None = None
+        self.error: str | None = None
+
+    def advance(self) -> bool:
+        """Take in known scores up to the next plan that must be scored; whether there is one."""
+        while self._waiting is None:
+            proposal = self._proposals.next()
+            if proposal is None:
+                return False
+            score = self._known(proposal)
+            if score is None:
+                self._waiting = proposal
+            else:
+                self._take(proposal, score)
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.error is not None:
+            return str(Searcher.FINISHED)
+        if not self.advance():
+            # None asks again once a running trial has ended.
+            return str(Searcher.FINISHED) if self._proposals.finished else None
+        assert self._waiting is not None
+        self._running[trial_id], self._waiting = self._waiting, None
+        return {"plan": self._running[trial_id].plan.to_json()}
+
+    def on_trial_complete(
+        self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
+    ) -> None:
+        proposal = self._running.pop(trial_id)
+        if error or result is None or result.get("broken"):
+            reason = (result or {}).get("broken") or "its process ended with an error"
+            self.error = self.error or f"trial {proposal.number}: {reason}"
+            return
+        self._take(proposal, Score(result["fidelity_loss"], result["seconds"]))
+
+    def _take(self, proposal: Proposal, score: Score) -> None:
+        self._proposals.tell(proposal.number, score.fidelity_loss)
+        self._scored(proposal, score)
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """A trial has one result, which on_trial_complete is given too."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search continues from the scores in the store."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search continues from the scores in the store")
+
+
+class ScoringActor(tune.Trainable):
+    """Scores one plan a trial; models stay loaded from trial to trial."""
+
+    def setup(self, config: dict[str, Any], bench: Bench) -> None:
+        self._bench = bench
+        self._plan = Plan.from_json(config["plan"])
+        self._scorer: Scorer | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._plan = Plan.from_json(new_config["plan"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            self._scorer = self._scorer or self._bench.open()
+            score = self._scorer.score(self._plan)
+            # Stored here, not by the driver: actors wait for the store side by side.
+            self._scorer.store.write(self._bench.key(self._plan), score_json(score))
+        except EspalierError as error:
+            # What the user can mend travels as a sentence; Tune would wrap it in its own trace.
+            return {"broken": str(error), "done": True}
+        return {**score._asdict(), "done": True}
+
+
+def score_json(score: Score) -> bytes:
+    """A score as it is stored; JSON has no NaN."""
+    loss = score.fidelity_loss if math.isfinite(score.fidelity_loss) else None
+    return json.dumps({"fidelity_loss": loss, "seconds": score.seconds}).encode()
+
+
+def score_from_json(content: bytes) -> Score | None:
+    """What `score_json` wrote, or None."""
+    try:
+        read = json.loads(content)
+        loss = read["fidelity_loss"]
+        return Score(math.nan if loss is None else float(loss), float(read["seconds"]))
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,224 @@
+"""Runs a search: proposals through Ray Tune to warm scoring actors, results into the store."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from search.pareto import best_within, pareto_front
+from search.proposals import Origin, Proposal, Proposals, Target
+from search.score import Bench, Score
+from search.solver import Piece
+from search.space import Space
+from storage.errors import EspalierError
+from storage.manifest import publish, published, read_json
+from storage.section import Section
+from storage.store import Store
+from trainers.library.library import Library
+from trainers.probe import ProbeConfig
+from trainers.progress import Progress, silent
+from trainers.students.plan import BlockPlan, Plan
+from trainers.teacher import Teacher
+
+TRIALS = "trials.json"
+
+
+class SearchError(EspalierError):
+    """A search that cannot go on."""
+
+
+class SearchConfig(Section):
+    """How plans are searched."""
+
+    trials: PositiveInt = 64
+    """Plans to score, all budgets together."""
+
+    exact: PositiveInt = 3
+    """How many plans of least summed damage each budget starts with; its uniform plan comes on
+    top."""
+
+    lag: PositiveInt = 8
+    """A trial is proposed from the results of all trials at least so many before it, however many
+    workers there are: the search is the same on one worker and on eight. Fewer learns faster; it
+    also bounds how many trials run side by side."""
+
+    probe: ProbeConfig = ProbeConfig()
+    """On what plans are scored."""
+
+
+class Trial(Section):
+    """One scored plan."""
+
+    number: NonNegativeInt
+    """In order of proposal, from 0."""
+    budget: str
+    """Label of the budget it was proposed for."""
+    origin: Origin
+    """Who proposed it: the exact solver, the uniform rule, or Optuna's TPE."""
+    plan: Plan
+    parameters: PositiveInt
+    """Of the whole student."""
+    fidelity_loss: float | None = Field(ge=0)
+    """None when it was not a number."""
+    seconds: float
+    """Scoring time."""
+    state: Literal["complete", "failed"] = "complete"
+
+
+def library_space(teacher: Teacher, library: Library) -> Space:
+    """Every plan over the teacher's own blocks and the library's replacements."""
+    family, config = teacher.family, teacher.config
+    own = [BlockPlan(span=(i, i)) for i in range(family.blocks(config))]
+    pieces = {
+        block: Piece(library.damage(block), family.block_parameters(config, block))
+        for block in (*own, *library.blocks)
+    }
+    return Space(family.name, len(own), family.outside_parameters(config), pieces)
+
+
+def run_search(
+    space: Space,
+    targets: Sequence[Target],
+    bench: Bench,
+    config: SearchConfig,
+    store: Store,
+    prefix: str,
+    *,
+    workers: int = 1,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Trial]:
+    """Score plans until there are enough, and publish the trials under `prefix`.
+
+    Up to `workers` actors of `cpus` and `gpus` each score side by side. Scores found under
+    `bench.scores` are not made again. Needs a running Ray; raises SearchError with the cause when
+    a plan could not be scored. A score that is not a number fails its trial alone.
+    """
+    from search.study import PlanSearcher, score_from_json
+
+    progress = progress or silent()
+    proposals = Proposals(
+        space, targets, trials=config.trials, exact=config.exact, lag=config.lag, seed=seed
+    )
+    stored = dict(_stored(store, bench.scores))
+    trials: dict[int, Trial] = {}
+    losses: dict[str, float] = {}
+
+    def known(proposal: Proposal) -> Score | None:
+        content = stored.get(bench.key(proposal.plan))
+        return None if content is None else score_from_json(content)
+
+    def scored(proposal: Proposal, score: Score) -> None:
+        trial = _trial(space, proposal, score)
+        trials[trial.number] = trial
+        if trial.fidelity_loss is not None:
+            best = min(trial.fidelity_loss, losses.get(trial.budget, math.inf))
+            losses[trial.budget] = best
+        progress.update(len(trials), config.trials, **losses)
+
+    searcher = PlanSearcher(proposals, known, scored)
+    if searcher.advance():
+        _tune(searcher, bench, config, min(workers, config.lag), cpus, gpus)
+    if searcher.error is not None:
+        raise SearchError(f"search stopped at {searcher.error}")
+    ordered = [trials[number] for number in sorted(trials)]
+    save_trials(store, prefix, ordered)
+    return ordered
+
+
+def save_trials(store: Store, prefix: str, trials: Sequence[Trial]) -> None:
+    """Publish a finished search."""
+    body = f"[{','.join(trial.model_dump_json() for trial in trials)}]"
+    publish(store, prefix, {TRIALS: body.encode()}, {"trials": len(trials)})
+
+
+def load_trials(store: Store, prefix: str) -> list[Trial] | None:
+    """The trials of a finished search, or None."""
+    manifest = published(store, prefix)
+    if manifest is None or TRIALS not in manifest.files:
+        return None
+    read = read_json(store, prefix, TRIALS, manifest)
+    assert isinstance(read, list)
+    return [Trial.model_validate(trial) for trial in read]
+
+
+def best_trials(trials: Sequence[Trial], limit: int, count: int = 1) -> list[Trial]:
+    """The complete trials of lowest fidelity loss within `limit` parameters, best first."""
+    return best_within(
+        complete(trials), limit, lambda t: t.parameters, lambda t: t.fidelity_loss or 0.0, count
+    )
+
+
+def pareto_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """The complete trials that no other beats in both parameters and fidelity loss."""
+    return pareto_front(complete(trials), lambda t: (t.parameters, t.fidelity_loss or 0.0))
+
+
+def complete(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that have a fidelity loss."""
+    return [trial for trial in trials if trial.fidelity_loss is not None]
+
+
+def _tune(
+    searcher: object, bench: Bench, config: SearchConfig, workers: int, cpus: float, gpus: float
+) -> None:
+    from ray import tune
+
+    from search.study import ScoringActor, quiet_tune
+
+    trainable = tune.with_resources(
+        tune.with_parameters(ScoringActor, bench=bench), {"cpu": cpus, "gpu": gpus}
+    )
+    with tempfile.TemporaryDirectory(prefix="espalier-tune-") as folder, quiet_tune():
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=config.trials,
+                max_concurrent_trials=workers,
+                reuse_actors=True,
+                trial_name_creator=_short,
+                trial_dirname_creator=_short,
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=folder,
+                verbose=0,
+                # A lost machine's trials are scored again elsewhere.
+                failure_config=tune.FailureConfig(max_failures=2),
+            ),
+        ).fit()
+
+
+def _short(trial: object) -> str:
+    return str(getattr(trial, "trial_id"))  # noqa: B009  # Ray is not typed
+
+
+def _trial(space: Space, proposal: Proposal, score: Score) -> Trial:
+    finite = math.isfinite(score.fidelity_loss)
+    return Trial(
+        number=proposal.number,
+        budget=proposal.budget,
+        origin=proposal.origin,
+        plan=proposal.plan,
+        parameters=space.parameters(proposal.plan),
+        fidelity_loss=score.fidelity_loss if finite else None,
+        seconds=score.seconds,
+        state="complete" if finite else "failed",
+    )
+
+
+def _stored(store: Store, prefix: str) -> Iterator[tuple[str, bytes]]:
+    def read(key: str) -> tuple[str, bytes]:
+        with store.read(key) as stream:
+            return key, stream.read()
+
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(read, store.keys(prefix))

@@ -1,0 +1,124 @@
+"""What is proposed depends on seed and results alone: not on workers, order or interruptions."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from search.proposals import Proposal, Proposals, Target
+from search.solver import Piece
+from search.space import Space, candidates
+
+BLOCKS = 8
+TARGETS = [Target("50pct", 45), Target("70pct", 61)]
+
+
+def make_space(max_span: int = 3, widths: tuple[float, ...] = (1.0, 0.5)) -> Space:
+    rng = random.Random(0)
+    pieces = {
+        b: Piece(0.0 if b.untouched else b.length * rng.random(), 10 if b.ffn == 1 else 7)
+        for b in candidates(BLOCKS, max_span, widths)
+    }
+    return Space("qwen_image", BLOCKS, 5, pieces)
+
+
+def make_proposals(space: Space, trials: int = 24, seed: int = 3) -> Proposals:
+    return Proposals(space, TARGETS, trials=trials, exact=2, lag=4, seed=seed)
+
+
+def loss_of(space: Space, proposal: Proposal) -> float:
+    if proposal.number % 7 == 3:
+        return math.nan
+    return space.damage(proposal.plan) * (1 + 0.3 * math.sin(proposal.number))
+
+
+def run(proposals: Proposals, space: Space, workers: int, seed: int = 0) -> list[Proposal]:
+    """A search on so many workers that finish in random order."""
+    rng = random.Random(seed)
+    running: list[Proposal] = []
+    made: list[Proposal] = []
+    while not (proposals.finished and not running):
+        proposal = proposals.next() if len(running) < workers else None
+        if proposal:
+            running.append(proposal)
+            made.append(proposal)
+        elif running:
+            done = running.pop(rng.randrange(len(running)))
+            proposals.tell(done.number, loss_of(space, done))
+    return made
+
+
+@pytest.fixture(scope="module")
+def space() -> Space:
+    return make_space()
+
+
+@pytest.fixture(scope="module")
+def alone(space: Space) -> list[Proposal]:
+    return run(make_proposals(space), space, workers=1)
+
+
+def test_starts_from_the_exact_and_the_uniform_plans(space: Space, alone: list[Proposal]) -> None:
+    first = [(p.budget, p.origin) for p in alone[:4]]
+    assert first == [
+        ("50pct", "exact"), ("70pct", "exact"), ("50pct", "uniform"), ("70pct", "uniform"),
+    ]  # fmt: skip
+    assert [p.plan for p in alone[:2]] == [space.exact(t.limit)[0] for t in TARGETS]
+    assert {p.origin for p in alone[6:]} >= {"tpe"}
+
+
+def test_every_plan_fits_its_budget_and_comes_once(space: Space, alone: list[Proposal]) -> None:
+    limits = {target.label: target.limit for target in TARGETS}
+    assert [p.number for p in alone] == list(range(24))
+    assert all(space.parameters(p.plan) <= limits[p.budget] for p in alone)
+    assert len({p.plan.digest for p in alone}) == len(alone)
+    later = [p.budget for p in alone[6:]]
+    assert later == ["50pct", "70pct"] * (len(later) // 2)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_and_their_order_do_not_matter(
+    space: Space, alone: list[Proposal], workers: int
+) -> None:
+    assert run(make_proposals(space), space, workers, seed=workers) == alone
+
+
+def test_an_interrupted_search_proposes_what_it_would_have(
+    space: Space, alone: list[Proposal]
+) -> None:
+    resumed = make_proposals(space)
+    stored = {p.number: loss_of(space, p) for p in alone[:11] if p.number != 9}
+    made = []
+    while not resumed.finished:
+        proposal = resumed.next()
+        assert proposal is not None
+        made.append(proposal)
+        resumed.tell(proposal.number, stored.get(proposal.number, loss_of(space, proposal)))
+    assert made == alone
+
+
+def test_another_seed_searches_elsewhere(space: Space, alone: list[Proposal]) -> None:
+    other = run(make_proposals(space, seed=4), space, workers=1)
+    assert other[:6] == alone[:6]
+    assert other != alone
+
+
+def test_ends_when_every_plan_has_been_proposed() -> None:
+    space = make_space(max_span=2, widths=(1.0,))
+    made = run(make_proposals(space, trials=1000), space, workers=2)
+    holds = dict.fromkeys(space.names, 0.0)
+    assert {p.plan.digest for p in made} == {p.digest for p in space.plans(holds, 61)}
+
+
+def test_waits_for_results_it_needs(space: Space) -> None:
+    proposals = make_proposals(space)
+    given = [proposals.next() for _ in range(4)]
+    assert all(given)
+    assert proposals.next() is None
+    assert not proposals.finished
+    proposals.tell(1, 0.5)
+    assert proposals.next() is None
+    proposals.tell(0, 0.5)
+    assert proposals.next() is not None

@@ -1,0 +1,138 @@
+"""From recoveries to published models and the report, without Ray: what came before is invented."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from search.config import SweepConfig
+from search.recover import Recovery
+from search.stages import skip_stage, stage_named
+from search.stages.record import StageRecord, write_record
+from search.stages.results import results, status
+from search.stages.stage import run_stage
+from search.sweep import Sweep, open_sweep
+from search.trials import Trial, save_trials
+from storage import layout, registry
+from storage.manifest import publish, published
+from storage.tensors import save_tensors
+from tests.trainers.small import load_transformer, small_latents
+from trainers.data.latents import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
+from trainers.progress import silent
+from trainers.students.plan import Plan, uniform_plan
+from trainers.students.surgery import assemble
+from trainers.worker import publish_student
+
+LOSSES = {"first": 0.5, "second": 0.25, "broken": None}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny_pipeline: Path) -> Sweep:
+    config = SweepConfig.model_validate(
+        {
+            "name": "tiny",
+            "teacher": str(tiny_pipeline),
+            "storage": str(tmp_path / "runs"),
+            "budgets": ["60%"],
+            "judge": {"task": "shapes", "per_family": 1, "steps": 2, "shown": 3},
+        }
+    )
+    sweep = open_sweep(config)
+    encode(sweep)
+    plan = uniform_plan(sweep.teacher.family.name, 6, 3)
+    search(sweep, plan)
+    recover(sweep, plan, load_transformer(tiny_pipeline))
+    return sweep
+
+
+def encode(sweep: Sweep) -> None:
+    latents = small_latents()
+    for number, shard in enumerate(latents.shards):
+        tensors = {"latents": shard.latents, "embeds": shard.embeds, "mask": shard.mask}
+        files = {TENSORS: save_tensors(tensors), CAPTIONS: json.dumps(shard.captions).encode()}
+        publish(sweep.store, shard_prefix(sweep.encoded_prefix, number), files)
+    meta = EncodedMeta(shards=len(latents.shards), pictures=20, held_out=4)
+    publish(sweep.store, sweep.encoded_prefix, {}, meta.model_dump(mode="json"))
+
+
+def search(sweep: Sweep, plan: Plan) -> None:
+    trial = Trial(
+        number=0, budget="60pct", origin="uniform", plan=plan, parameters=1,
+        fidelity_loss=0.75, seconds=0.5,
+    )  # fmt: skip
+    save_trials(sweep.store, layout.search(sweep.name), [trial])
+    done(sweep, "search", {})
+
+
+def recover(sweep: Sweep, plan: Plan, teacher: object) -> None:
+    schedule = sweep.config.recover.space.schedule(sweep.config.recover.space.middle())
+    weights = assemble(teacher, plan).state_dict()  # type: ignore[arg-type]  # a module
+    recoveries = []
+    for name, loss in LOSSES.items():
+        prefix = layout.finalist(sweep.name, "60pct", name)
+        if loss is not None:
+            publish_student(sweep.store, prefix, plan, weights, sweep.teacher)
+        recovery = Recovery(
+            budget="60pct", trial=name, student=prefix, finalist=0, plan=plan, schedule=schedule,
+            loss_before=0.75, fidelity_loss=loss, seconds=1.0,
+            failed="not finite" if loss is None else None,
+        )  # fmt: skip
+        recoveries.append(recovery.model_dump(mode="json"))
+    done(sweep, "recover", {"recoveries": recoveries})
+
+
+def done(sweep: Sweep, stage: str, facts: dict) -> None:  # type: ignore[type-arg]  # JSON
+    record = StageRecord(
+        stage=stage, digest=stage_named(stage).digest(sweep), started=datetime.now(UTC),
+        seconds=2.0, workers=2, summary="invented", facts=facts,
+    )  # fmt: skip
+    write_record(sweep.store, sweep.name, record)
+
+
+def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Path) -> None:
+    stage = stage_named("publish")
+    run_stage(stage, sweep, silent())
+    best = published(sweep.store, "best/60pct")
+    assert best is not None
+    assert {"model_index.json", "plan.json", "plan.png", "README.md", "espalier.json"} <= set(
+        best.files
+    )
+    assert best.meta["student"] == "sweeps/tiny/recovery/60pct/second/student"
+    entry = registry.best(sweep.store, "60pct")
+    assert entry is not None
+    assert entry.fidelity_loss == 0.25
+    assert entry.judge_score is not None
+    card = (tmp_path / "runs" / "best" / "60pct" / "README.md").read_text()
+    for words in ("## Judge scores", "counting", sweep.teacher.digest, "library_name: diffusers"):
+        assert words in card
+
+    from diffusers import QwenImagePipeline
+
+    pipeline = QwenImagePipeline.from_pretrained(tmp_path / "runs" / "best" / "60pct")
+    assert len(pipeline.transformer.transformer_blocks) == 3
+
+    assert stage.state(sweep) == "done"
+    assert skip_stage(stage, sweep).summary == "1 models published"
+    said = run_stage(stage_named("report"), sweep, silent())
+    page = Path(said.summary)
+    assert page == tmp_path / "runs" / "sweeps" / "tiny" / "report" / "report.html"
+    text = page.read_text()
+    assert "60%" in text
+    assert text.count("data:image/png;base64,") >= 6
+
+    (student,) = results(sweep)["students"]
+    assert student["fidelity_loss"] == 0.25
+    assert student["url"] == str(tmp_path / "runs" / "best" / "60pct")
+    found = status(sweep)
+    assert found["registry"][0]["plan_digest"] == student["plan"]
+    assert [s["state"] for s in found["stages"]][-2:] == ["done", "done"]
+
+
+def test_publishing_again_adds_nothing(sweep: Sweep) -> None:
+    run_stage(stage_named("publish"), sweep, silent())
+    before = list(sweep.store.keys("registry")), published(sweep.store, "best/60pct")
+    run_stage(stage_named("publish"), sweep, silent())
+    assert (list(sweep.store.keys("registry")), published(sweep.store, "best/60pct")) == before

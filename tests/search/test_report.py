@@ -1,0 +1,234 @@
+"""The report: a page that says what the data says, and needs nothing but itself."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import dataclasses
+import io
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from search.report import words
+from search.report.canvas import DARK, LIGHT
+from search.report.data import ReportData, kept
+from search.report.figures import best_so_far, drawings, spread
+from search.report.loading import loading
+from search.report.page import LARGEST_PICTURE, judge_table, picture_url, render, write_report
+from search.report.plan_picture import in_words, plan_drawing, plan_png, rows
+from tests.search.invented import HALF, PROVENANCE, TEACHER, THIRD, whole
+from trainers.students.plan import BlockPlan, Plan, uniform_plan
+
+
+class Page(HTMLParser):
+    """What a page holds: its tags with their attributes, and its text outside of styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "source", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += " ".join(data.split()) + " "
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "new"
+    files = write_report(whole(), folder)
+    assert files[0].name == "report.html"
+    assert sorted(files) == sorted(folder.iterdir())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_one_png_a_figure_lies_beside_the_page(folder: Path) -> None:
+    names = {file.stem for file in folder.glob("*.png")}
+    assert names == {
+        "pictures", "pareto", "trials", "cka-image", "cka-text", "importance",
+        "plan-50pct", "plan-33pct", "cost",
+    }  # fmt: skip
+    for file in folder.glob("*.png"):
+        with Image.open(file) as picture:
+            picture.verify()
+
+
+def test_the_page_needs_no_network(page: Page) -> None:
+    addresses = [
+        tag[key] for _, tag in page.tags for key in ("src", "srcset", "href") if key in tag
+    ]
+    assert addresses
+    assert all(a is not None and a.startswith(("data:image/png;base64,", "#")) for a in addresses)
+    assert not page.of("script")
+    assert not page.of("link")
+
+
+def test_every_tag_is_closed_and_every_inner_link_leads_somewhere(page: Page) -> None:
+    assert page.open == []
+    ids = {tag["id"] for _, tag in page.tags if "id" in tag}
+    assert {str(tag["href"]).removeprefix("#") for tag in page.of("a")} <= ids
+
+
+def test_pictures_and_tables_can_be_read_without_seeing_them(page: Page) -> None:
+    assert all(len(tag.get("alt") or "") > 10 for tag in page.of("img"))
+    assert all(tag.get("scope") in ("row", "col") for tag in page.of("th"))
+    assert len(page.of("caption")) == len(page.of("table"))
+
+
+def test_figures_come_in_a_light_and_a_dark_version(page: Page) -> None:
+    sources = page.of("source")
+    assert len(sources) == len(page.of("picture")) == 8
+    assert all(tag["media"] == "(prefers-color-scheme: dark)" for tag in sources)
+
+
+def test_headlines_give_size_share_and_what_is_kept(page: Page) -> None:
+    assert "1.00M" in page.text
+    assert "50% of the teacher" in page.text
+    assert "96.8%" in page.text  # 0.92 of 0.95
+    assert "0.2 before recovery" in page.text
+
+
+def test_names_from_outside_are_escaped(page: Page) -> None:
+    assert "demo <1>" in page.text
+    assert "a red circle & a blue square" in page.text
+
+
+def test_a_failed_recovery_is_called_failed(page: Page) -> None:
+    assert "failed" in page.text
+
+
+def test_small_pictures_are_enlarged_pixel_by_pixel(page: Page) -> None:
+    assert sum(tag.get("class") == "pixels" for tag in page.of("img")) == 3
+
+
+def test_the_page_can_be_made_when_nothing_has_run_yet() -> None:
+    empty = ReportData(PROVENANCE, TEACHER, budgets=(), students=())
+    text = Page(render(empty)).text
+    assert "no students" in text
+    assert "Provenance" in text
+    assert "Judge" not in text
+
+
+def test_a_sweep_whose_trials_all_failed_shows_no_search_figures() -> None:
+    data = whole()
+    failed = tuple(dataclasses.replace(t, fidelity_loss=None, state="failed") for t in data.trials)
+    names = {d.name for d in drawings(dataclasses.replace(data, trials=failed, pareto=()))}
+    assert not names & {"pareto", "trials"}
+
+
+def test_without_a_judge_there_is_no_judge_table() -> None:
+    data = whole()
+    students = tuple(dataclasses.replace(student, scores=None) for student in data.students)
+    unjudged = dataclasses.replace(data, students=students, teacher_scores=None)
+    assert judge_table(unjudged) == []
+    assert "judge score kept" not in render(dataclasses.replace(unjudged, redundancy=None))
+
+
+def test_the_judge_table_ends_with_the_overall_score() -> None:
+    table = judge_table(whole())
+    assert table[0] == ("counting", [0.9, 0.88, 0.5])
+    assert table[-1] == ("overall", [0.95, 0.92, 0.69])
+    assert kept(whole().students[1].scores, whole().teacher_scores) == pytest.approx(0.69 / 0.95)
+
+
+def test_best_so_far_falls_only_within_the_budget() -> None:
+    trials = whole().trials
+    assert best_so_far(trials, 700_000) == [(1, 0.4), (3, 0.4)]
+    assert best_so_far(trials, 1_000_000) == [(0, 0.2), (3, 0.2)]
+    assert best_so_far(trials, 1) == []
+
+
+def test_large_pictures_are_made_smaller_and_stay_as_they_are_outside() -> None:
+    picture = Image.new("RGB", (2000, 1000))
+    url = picture_url(picture)
+    body = base64.b64decode(url.partition(",")[2])
+    assert Image.open(io.BytesIO(body)).size == (LARGEST_PICTURE, LARGEST_PICTURE // 2)
+    assert picture.size == (2000, 1000)
+
+
+def test_spread_takes_evenly_and_in_order() -> None:
+    row = whole().pictures[0]
+    many = [dataclasses.replace(row, seed=i) for i in range(10)]
+    assert [r.seed for r in spread(many, 4)] == [0, 2, 5, 7]
+    assert spread(many, 20) == many
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 90), st.data())
+def test_rows_of_a_plan_hold_every_block_once_in_order(blocks: int, data: st.DataObject) -> None:
+    plan = uniform_plan("qwen_image", blocks, data.draw(st.integers(1, blocks)))
+    lines = rows(plan)
+    assert [block for line in lines for block in line] == list(plan.blocks)
+    assert all(lines)
+
+
+def test_the_plan_picture_is_drawn_in_both_themes_and_wraps_a_long_teacher() -> None:
+    short, long = (uniform_plan("qwen_image", n, n // 2) for n in (16, 60))
+    drawing = plan_drawing(short, "plan-50pct", "the 50% student")
+    assert drawing.caption.startswith("The 50% student: 16 teacher blocks become 8")
+    assert drawing.png(LIGHT) != drawing.png(DARK)
+    heights = [Image.open(io.BytesIO(plan_png(plan))).height for plan in (short, long)]
+    assert heights[1] > 2 * heights[0]
+
+
+def test_a_plan_in_words_names_what_is_merged_and_what_is_narrowed() -> None:
+    assert in_words(HALF) == (
+        "6 teacher blocks become 3; merged are 1–2, 3–5; 1 block is the teacher’s own"
+    )
+    assert "FFNs are narrowed in 3–5 to 50%" in in_words(THIRD)
+
+
+@pytest.mark.parametrize("url", ["runs/best/50pct", "file:///runs/best", "s3://bucket/best"])
+def test_the_loading_lines_are_python(url: str) -> None:
+    code = loading(HALF, url, {"height": 64}, 'it says "hello" — ü')
+    ast.parse(code)
+    assert "espalier" not in code
+    assert ("aws s3 sync" in code) == url.startswith("s3:")
+    assert "file:" not in code
+
+
+def test_a_narrowed_student_says_what_it_needs() -> None:
+    narrow = Plan(family="qwen_image", teacher_blocks=1, blocks=(BlockPlan(span=(0, 0), ffn=0.5),))
+    assert "pip install espalier" in loading(narrow, "x", {}, "a")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(812, "812"), (923_648, "924k"), (999_700, "1.00M"), (1_853_504, "1.85M"),
+     (20_430_401_088, "20.4B")],
+)  # fmt: skip
+def test_counts(number: int, said: str) -> None:
+    assert words.count(number) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.42, "0.4 s"), (59.4, "59 s"), (59.7, "1 min 00 s"), (75, "1 min 15 s"),
+     (3599.6, "1 h 00 min"), (7300, "2 h 02 min")],
+)  # fmt: skip
+def test_durations(seconds: float, said: str) -> None:
+    assert words.duration(seconds) == said

@@ -1,0 +1,87 @@
+"""The solver against brute force."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from search.budget import BudgetError
+from search.solver import Piece, Pieces, best_partitions, damages_through, smallest
+from trainers.students.plan import BlockPlan
+
+BLOCKS = 8
+OUTSIDE = 5
+
+
+@st.composite
+def libraries(draw: st.DrawFn) -> dict[BlockPlan, Piece]:
+    """The teacher's own blocks and some replacements; whole damages keep sums exact."""
+    pieces = {BlockPlan(span=(i, i)): Piece(0, draw(st.integers(8, 10))) for i in range(BLOCKS)}
+    spans = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, 4)).map(
+        lambda s: (s[0], min(BLOCKS - 1, s[0] + s[1] - 1))
+    )
+    for span, ffn in draw(st.lists(st.tuples(spans, st.sampled_from([1.0, 0.5])), max_size=16)):
+        block = BlockPlan(span=span, start="library", ffn=ffn)
+        if not block.untouched:
+            pieces[block] = Piece(draw(st.integers(1, 20)), 9 if ffn == 1 else 6)
+    return pieces
+
+
+def every_partition(
+    pieces: Pieces, first: int = 0
+) -> list[tuple[float, int, tuple[BlockPlan, ...]]]:
+    if first == BLOCKS:
+        return [(0, OUTSIDE, ())]
+    return [
+        (piece.damage + damage, piece.parameters + parameters, (block, *blocks))
+        for block, piece in pieces.items()
+        if block.span[0] == first
+        for damage, parameters, blocks in every_partition(pieces, block.span[1] + 1)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(libraries(), st.integers(30, 90), st.integers(1, 6))
+def test_finds_what_brute_force_finds(
+    pieces: dict[BlockPlan, Piece], limit: int, count: int
+) -> None:
+    all_of_them = every_partition(pieces)
+    fitting = sorted(p[0] for p in all_of_them if p[1] <= limit)
+    assert smallest(pieces, BLOCKS, OUTSIDE) == min(p[1] for p in all_of_them)
+    if not fitting:
+        with pytest.raises(BudgetError, match="smallest"):
+            best_partitions(pieces, BLOCKS, OUTSIDE, limit, count)
+        return
+    found = best_partitions(pieces, BLOCKS, OUTSIDE, limit, count)
+    assert [partition.damage for partition in found] == fitting[:count]
+    assert len({partition.blocks for partition in found}) == len(found)
+    assert {(p.damage, p.parameters, p.blocks) for p in found} <= set(all_of_them)
+
+
+@settings(max_examples=30, deadline=None)
+@given(libraries(), st.integers(40, 90))
+def test_damage_through_a_piece_is_that_of_the_best_plan_with_it(
+    pieces: dict[BlockPlan, Piece], limit: int
+) -> None:
+    expected: dict[BlockPlan, float] = {}
+    for damage, parameters, blocks in every_partition(pieces):
+        if parameters <= limit:
+            for block in blocks:
+                expected[block] = min(damage, expected.get(block, math.inf))
+    assert damages_through(pieces, BLOCKS, OUTSIDE, limit) == expected
+
+
+def test_the_order_of_the_library_does_not_matter() -> None:
+    own = {BlockPlan(span=(i, i)): Piece(0.0, 10) for i in range(BLOCKS)}
+    pairs = {BlockPlan(span=(i, i + 1), start="library"): Piece(1.0, 10) for i in range(BLOCKS - 1)}
+    pieces = own | pairs
+    backwards = dict(reversed(pieces.items()))
+    assert best_partitions(pieces, BLOCKS, 0, 50, 5) == best_partitions(backwards, BLOCKS, 0, 50, 5)
+
+
+def test_a_gap_in_the_library_is_named() -> None:
+    with pytest.raises(BudgetError, match="gap"):
+        smallest({BlockPlan(span=(1, 7)): Piece(0.0, 1)}, BLOCKS, 0)

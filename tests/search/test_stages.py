@@ -1,0 +1,142 @@
+"""What running, skipping and resuming a stage means; the stages' own work is tested elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from search.config import SweepConfig
+from search.stages import STAGES, require_earlier, run_stage, skip_stage, stage_named
+from search.stages.record import read_attempt, read_record
+from search.stages.stage import Outcome, Stage
+from search.sweep import Sweep, SweepError, open_sweep
+from storage import layout
+from storage.manifest import publish
+from trainers.progress import Progress, silent
+
+LIMITS = {"name": "tiny", "budgets": ["60%"]}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, tiny_pipeline: Path) -> Sweep:
+    config = SweepConfig.model_validate(
+        {**LIMITS, "teacher": str(tiny_pipeline), "storage": str(tmp_path / "runs")}
+    )
+    return open_sweep(config)
+
+
+def changed(sweep: Sweep, **changes: object) -> Sweep:
+    document = sweep.config.model_dump(mode="json") | changes
+    return open_sweep(SweepConfig.model_validate(document))
+
+
+def stage_that(run: object = None, name: str = "work", shared: bool = False) -> Stage:
+    def nothing(sweep: Sweep, progress: Progress) -> Outcome:
+        return Outcome("done", {"made": 3})
+
+    return Stage(
+        name=name,
+        digest=lambda sweep: sweep.encoded_digest,
+        run=run or nothing,  # type: ignore[arg-type]  # a Callable, checked by its use
+        shared=(lambda sweep: "shared/thing") if shared else None,
+    )
+
+
+def test_a_stage_is_done_once_it_has_run(sweep: Sweep) -> None:
+    stage = stage_that()
+    assert stage.state(sweep) == "missing"
+    record = run_stage(stage, sweep, silent())
+    assert stage.state(sweep) == "done"
+    assert skip_stage(stage, sweep) == record
+    assert record.facts == {"made": 3}
+    assert record.workers == sweep.config.workers
+
+
+def test_another_input_is_another_stage(sweep: Sweep) -> None:
+    stage = stage_that()
+    run_stage(stage, sweep, silent())
+    assert stage.state(changed(sweep, seed=1)) == "missing"
+    assert stage.state(changed(sweep, budgets=["90%"])) == "done"
+
+
+def test_a_stage_that_was_cut_off_keeps_its_time(sweep: Sweep) -> None:
+    def breaks(sweep: Sweep, progress: Progress) -> Outcome:
+        progress.update(2, 5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage_that(breaks), sweep, silent())
+    assert stage_that().state(sweep) == "partial"
+    attempt = read_attempt(sweep.store, sweep.name, "work")
+    assert attempt is not None
+    assert (attempt.done, attempt.total) == (2, 5)
+    record = run_stage(stage_that(), sweep, silent())
+    assert record.started == attempt.started
+    assert record.seconds >= attempt.seconds
+    assert read_attempt(sweep.store, sweep.name, "work") is None
+
+
+def test_what_another_sweep_made_is_reused(sweep: Sweep) -> None:
+    stage = stage_that(shared=True)
+    publish(sweep.store, "shared/thing", {})
+    assert stage.state(sweep) == "done"
+    assert skip_stage(stage, sweep).reused
+    assert read_record(sweep.store, sweep.name, "work") is not None
+
+
+def test_output_without_a_record_is_not_reuse_when_we_made_it(sweep: Sweep) -> None:
+    def killed_at_the_end(sweep: Sweep, progress: Progress) -> Outcome:
+        publish(sweep.store, "shared/thing", {})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(
+            Stage(
+                "work",
+                lambda sweep: sweep.encoded_digest,
+                killed_at_the_end,
+                lambda sweep: "shared/thing",
+            ),
+            sweep,
+            silent(),
+        )
+    assert not skip_stage(stage_that(shared=True), sweep).reused
+
+
+def test_a_stage_needs_those_before_it(sweep: Sweep) -> None:
+    first, second = stage_that(name="first"), stage_that(name="second")
+    with pytest.raises(SweepError, match="needs the output of `first`"):
+        require_earlier([first, second], second, sweep)
+    run_stage(first, sweep, silent())
+    require_earlier([first, second], second, sweep)
+
+
+def test_a_budget_changes_no_analysis_but_what_is_searched(sweep: Sweep) -> None:
+    other = changed(sweep, budgets=["90%"])
+    for name in ("encode", "analyse"):
+        assert stage_named(name).digest(sweep) == stage_named(name).digest(other)
+    for name in ("library", "search", "recover", "publish", "report"):
+        assert stage_named(name).digest(sweep) != stage_named(name).digest(other)
+
+
+def test_how_work_is_spread_changes_no_digest(sweep: Sweep) -> None:
+    other = changed(sweep, workers=7, name="renamed")
+    for stage in STAGES:
+        assert stage.digest(sweep) == stage.digest(other)
+
+
+def test_a_name_that_belongs_to_another_teacher_is_refused(sweep: Sweep) -> None:
+    sweep.claim()
+    publish(sweep.store, layout.sweep("taken"), {}, {"teacher": "0123456789abcdef"})
+    with pytest.raises(SweepError) as caught:
+        changed(sweep, name="taken")
+    assert "0123456789abcdef" in str(caught.value)
+    assert sweep.teacher.digest in str(caught.value)
+    assert changed(sweep).name == sweep.name
+
+
+def test_a_budget_that_belongs_to_another_teacher_is_refused(sweep: Sweep) -> None:
+    publish(sweep.store, layout.best("60pct"), {}, {"teacher": "0123456789abcdef"})
+    with pytest.raises(SweepError, match=r"best/60pct .* belongs to another teacher"):
+        changed(sweep)

@@ -1,0 +1,197 @@
+"""A whole search over the tiny teacher on Ray: scored, stored, resumed; bad scores survived."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from search.proposals import Target
+from search.score import Bench
+from search.space import Space
+from search.trials import (
+    SearchConfig,
+    SearchError,
+    Trial,
+    best_trials,
+    library_space,
+    load_trials,
+    pareto_trials,
+    run_search,
+)
+from storage.manifest import publish
+from storage.store import Store, open_store
+from storage.tensors import save_tensors
+from tests.trainers.small import local_ray
+from trainers.data.latents import open_latents
+from trainers.evaluate import fidelity_loss
+from trainers.library.library import TENSORS, Library, ReplacementMeta
+from trainers.probe import ProbeConfig, make_probe
+from trainers.students.plan import BlockPlan
+from trainers.students.surgery import assemble, make_block
+from trainers.teacher import Teacher, open_teacher
+
+CONFIG = SearchConfig(trials=10, exact=2, lag=3)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_pipeline: Path) -> Teacher:
+    return open_teacher(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """An encoding of random latents in two shards."""
+    store = open_store(str(tmp_path_factory.mktemp("store")))
+    generator = torch.Generator().manual_seed(0)
+    for name in ("shard-00000", "shard-00001"):
+        tensors = {
+            "latents": torch.randn(4, 16, 8, 8, generator=generator),
+            "embeds": torch.randn(4, 5, 64, generator=generator),
+            "mask": torch.ones(4, 5, dtype=torch.bool),
+        }
+        captions = json.dumps(["a circle"] * 4).encode()
+        files = {"tensors.safetensors": save_tensors(tensors), "captions.json": captions}
+        publish(store, f"encoded/x/{name}", files)
+    index = {"shards": ["shard-00000", "shard-00001"], "held_out": 3}
+    publish(store, "encoded/x", {"index.json": json.dumps(index).encode()})
+    return store
+
+
+@pytest.fixture(scope="module")
+def bench(teacher: Teacher, store: Store, monkeypatch_module: pytest.MonkeyPatch) -> Bench:
+    """A library of untrained replacements."""
+    model = teacher.transformer()
+    blocks = list(teacher.family.block_modules(model))
+    made = []
+    spans = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 2), (3, 5)]
+    for number, span in enumerate(spans):
+        block = BlockPlan(span=span, start="library", ffn=0.5 if number == 2 else 1.0)
+        started = block.model_copy(update={"start": "average"})
+        module = make_block(teacher.family, teacher.config, blocks, started)
+        meta = ReplacementMeta(block=block, damage=0.1 * (number + 1))
+        files = {TENSORS: save_tensors(module.state_dict())}
+        publish(store, f"library/t/{number}", files, meta.model_dump(mode="json"))
+        made.append((block, f"library/t/{number}"))
+    return Bench(
+        teacher=teacher,
+        url=store.url,
+        encoding="encoded/x",
+        replacements=tuple(made),
+        scores="sweeps/one/scores",
+        probe=ProbeConfig(pictures=3, timesteps=2),
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[pytest.MonkeyPatch]:
+    """Local copies of stored files go to a folder of this test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def space(teacher: Teacher, store: Store, bench: Bench) -> Space:
+    return library_space(teacher, Library(store, dict(bench.replacements)))
+
+
+@pytest.fixture(scope="module")
+def targets(space: Space) -> list[Target]:
+    own = space.pieces[BlockPlan(span=(0, 0))].parameters
+    return [Target("small", space.outside + 3 * own), Target("large", space.outside + 4 * own)]
+
+
+@pytest.fixture(scope="module")
+def trials(
+    ray: None, space: Space, targets: list[Target], bench: Bench, store: Store
+) -> list[Trial]:
+    return run_search(
+        space, targets, bench, CONFIG, store, "sweeps/one/search", workers=2, cpus=0.5
+    )
+
+
+def test_scores_what_the_assembled_student_has(
+    trials: list[Trial], teacher: Teacher, store: Store, bench: Bench
+) -> None:
+    model = teacher.transformer()
+    probe = make_probe(model, teacher.family, open_latents(store, "encoded/x"), bench.probe, 0)
+    library = Library(store, dict(bench.replacements))
+    for trial in trials[:3]:
+        student = assemble(model, trial.plan, library)
+        assert sum(p.numel() for p in student.parameters()) == trial.parameters
+        loss = fidelity_loss(student, teacher.family, probe)
+        assert trial.fidelity_loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_trials_are_published_in_order(trials: list[Trial], store: Store) -> None:
+    assert [trial.number for trial in trials] == list(range(10))
+    assert load_trials(store, "sweeps/one/search") == trials
+    assert load_trials(store, "sweeps/none/search") is None
+
+
+def test_pareto_and_best(trials: list[Trial], targets: list[Target]) -> None:
+    front = pareto_trials(trials)
+    best = best_trials(trials, targets[1].limit)[0]
+    assert best.fidelity_loss == min(t.fidelity_loss for t in trials if t.fidelity_loss is not None)
+    assert best in front
+
+
+def test_a_cut_off_search_scores_only_what_is_missing(
+    ray: None, trials: list[Trial], space: Space, targets: list[Target], bench: Bench, store: Store
+) -> None:
+    lost = [bench.key(trial.plan) for trial in (trials[2], trials[9])]
+    kept = {key: store.read(key).read() for key in store.keys(bench.scores)}
+    for key in lost:
+        store.remove(key)
+    again = run_search(
+        space, targets, bench, CONFIG, store, "sweeps/two/search", workers=1, cpus=0.5
+    )
+    assert [t.plan for t in again] == [t.plan for t in trials]
+    assert [t.fidelity_loss for t in again] == pytest.approx([t.fidelity_loss for t in trials])
+    now = {key: store.read(key).read() for key in store.keys(bench.scores)}
+    assert {key for key in kept if now[key] != kept[key]} == set(lost)
+
+
+def test_a_replacement_that_gives_nan_fails_its_trials_alone(
+    ray: None, space: Space, targets: list[Target], bench: Bench, store: Store
+) -> None:
+    (block, _), *others = bench.replacements
+    with store.read(f"library/t/0/{TENSORS}") as stream:
+        import safetensors.torch
+
+        tensors = {k: v * float("nan") for k, v in safetensors.torch.load(stream.read()).items()}
+    meta = ReplacementMeta(block=block, damage=0.1).model_dump(mode="json")
+    publish(store, "library/t/nan", {TENSORS: save_tensors(tensors)}, meta)
+    broken = replace(bench, replacements=((block, "library/t/nan"), *others))
+    trials = run_search(
+        space, targets, broken, CONFIG, store, "sweeps/three/search", workers=2, cpus=0.5
+    )
+    for trial in trials:
+        failed = block in trial.plan.blocks
+        assert trial.state == ("failed" if failed else "complete")
+        assert (trial.fidelity_loss is None) == failed
+    assert {trial.state for trial in trials} == {"failed", "complete"}
+    assert len(trials) == CONFIG.trials
+
+
+def test_a_missing_replacement_ends_the_search_with_its_name(
+    ray: None, space: Space, targets: list[Target], bench: Bench, store: Store
+) -> None:
+    (block, _), *others = bench.replacements
+    broken = replace(bench, replacements=((block, "library/t/gone"), *others))
+    with pytest.raises(SearchError, match="library/t/gone"):
+        run_search(space, targets, broken, CONFIG, store, "sweeps/four/search", cpus=0.5)
