@@ -32,9 +32,9 @@ test: install ## the default suite
 test-slow: install ## the default suite and the long tests (kills in every stage)
 	$(BIN)/python -m pytest
 
-bench: install ## the figures of benchmarks/README.md
-	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.library
+bench: install ## the figures of benchmarks/README.md (after make demo)
+	$(BIN)/python -m benchmarks.search examples/miniature.yaml
+	$(BIN)/python -m benchmarks.library examples/miniature.yaml
 
 miniature: install ## train examples/miniature from nothing (about 90 minutes on 2 cores)
 	$(BIN)/python examples/make_miniature.py

@@ -1,0 +1,97 @@
+"""What Tune, Optuna and Ray cost per warm scoring trial, beside the scoring itself.
+
+    python -m benchmarks.search examples/miniature.yaml --trials 200
+
+Needs the library of that sweep (`make demo`, or `espalier library CONFIG`). Scores under a prefix of
+its own, which it removes, so that every trial is really scored. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import uuid
+from pathlib import Path
+
+from cluster.cli.common import open_config
+from cluster.connect import connected
+from search.proposals import Target
+from search.score import Bench
+from search.stages.library import library_prefixes
+from search.trials import library_space, run_search
+from storage.manifest import withdraw
+from trainers.library.library import Library
+from trainers.placement import share_of
+
+
+class Clock:
+    """Notes when each trial's score arrived."""
+
+    def __init__(self) -> None:
+        self.arrived: list[float] = []
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        self.arrived.append(time.monotonic())
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("config", type=Path)
+    arguments.add_argument("--trials", type=int, default=200)
+    options = arguments.parse_args()
+    sweep = open_config(options.config, [])
+    prefix = f"benchmarks/{uuid.uuid4().hex}"
+    clock = Clock()
+    with connected(sweep.config.accelerator):
+        prefixes = library_prefixes(sweep)
+        share = share_of(sweep.config.workers, sweep.config.accelerator)
+        bench = Bench(
+            teacher=sweep.teacher,
+            url=sweep.store.url,
+            encoding=sweep.encoded_prefix,
+            replacements=tuple(prefixes.items()),
+            scores=f"{prefix}/scores",
+            probe=sweep.config.search.probe,
+            seed=sweep.config.seed,
+            options=sweep.config.store,
+            device=share.device,
+            threads=share.threads,
+        )
+        try:
+            trials = run_search(
+                library_space(sweep.teacher, Library(sweep.store, prefixes)),
+                [Target(label, limit) for label, limit in sweep.limits.items()],
+                bench,
+                sweep.config.search.model_copy(update={"trials": options.trials}),
+                sweep.store,
+                prefix,
+                workers=sweep.config.workers,
+                cpus=share.num_cpus,
+                gpus=share.num_gpus,
+                seed=sweep.config.seed,
+                progress=clock,
+            )
+        finally:
+            withdraw(sweep.store, prefix)
+    # The first trials of each worker load the models, so they are not warm.
+    cold = 4 * sweep.config.workers
+    warm = options.trials - cold
+    wall = (clock.arrived[-1] - clock.arrived[cold - 1]) / warm
+    scoring = sum(trial.seconds for trial in trials[cold:]) / warm / sweep.config.workers
+    print(
+        json.dumps(
+            {
+                "trials": options.trials,
+                "workers": sweep.config.workers,
+                "warm_ms_per_trial": round(1000 * wall, 1),
+                "scoring_ms_per_trial": round(1000 * scoring, 1),
+                "overhead_ms_per_trial": round(1000 * (wall - scoring), 1),
+                "overhead_over_scoring": round((wall - scoring) / scoring, 2),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

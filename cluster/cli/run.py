@@ -1,0 +1,145 @@
+"""`espalier sweep` and the stages as commands of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from cluster.cli.common import (
+    ConfigFile,
+    Json,
+    Settings,
+    StageError,
+    command_line,
+    endings,
+    open_config,
+)
+
+if TYPE_CHECKING:
+    from cluster.live import View
+    from search.stages import Stage
+    from search.sweep import Sweep
+
+RUN, STAGE = "Run", "One stage of a sweep"
+
+STAGE_HELP = {
+    "encode": "Pictures and captions to latents and text embeddings, in shards.",
+    "analyse": "Measure which blocks are redundant, and nominate the spans worth replacing.",
+    "library": "Train every nominated replacement that the storage does not hold yet.",
+    "search": "Assemble and score plans; find the best for every budget.",
+    "recover": "Distil the finalists of every budget, racing schedules.",
+    "publish": "Judge the finalists and publish the best of every budget as a diffusers model.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("sweep", rich_help_panel=RUN)(sweep)
+    for name, text in STAGE_HELP.items():
+        app.command(
+            name,
+            help=f"{text}\n\nExample: espalier {name} sweep.yaml",
+            rich_help_panel=STAGE,
+        )(_stage_command(name))
+
+
+def sweep(config: ConfigFile, settings: Settings = [], as_json: Json = False) -> None:  # noqa: B006  # typer copies it
+    """Compress the teacher into every wanted size: all stages, from where they stand.
+
+    Examples:
+
+      espalier sweep examples/miniature.yaml
+
+      espalier sweep sweep.yaml --set storage=s3://bucket/runs --set accelerator=gpu
+
+      espalier sweep sweep.yaml --json | tee sweep.jsonl
+    """
+    with endings(command_line("sweep", config, settings)):
+        opened = open_config(config, settings)
+        from search.stages import STAGES
+
+        run_stages(opened, STAGES, as_json)
+        _say_results(opened, as_json)
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def command(config: ConfigFile, settings: Settings = [], as_json: Json = False) -> None:  # noqa: B006  # typer copies it
+        with endings(command_line(name, config, settings)):
+            opened = open_config(config, settings)
+            from search.stages import STAGES, require_earlier, stage_named
+
+            stage = stage_named(name)
+            require_earlier(STAGES, stage, opened)
+            run_stages(opened, [stage], as_json)
+
+    return command
+
+
+def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
+    """Runs those of the stages that are not done, on one Ray for all of them."""
+    from cluster.connect import connected
+    from cluster.live import choose_mode, live_view
+    from search.stages import run_stage, skip_stage
+
+    for stage in stages:
+        if stage.check is not None and stage.state(opened) != "done":
+            stage.check(opened)
+    opened.claim()
+    joined = False
+    with ExitStack() as stack:
+        names = [stage.name for stage in stages]
+        view = stack.enter_context(live_view(choose_mode(as_json), names))
+        for stage in stages:
+            if stage.state(opened) == "done":
+                view.finish(stage.name, skip_stage(stage, opened).summary, None)
+                continue
+            progress = view.stage(stage.name)
+            with failing(stage.name, view):
+                if stage.needs_cluster(opened) and not joined:
+                    stack.enter_context(connected(opened.config.accelerator))
+                    joined = True
+                record = run_stage(stage, opened, progress)
+            view.finish(stage.name, record.summary, record.seconds)
+
+
+@contextmanager
+def failing(name: str, view: View) -> Iterator[None]:
+    """Shows that the stage has stopped; an error that is not the user's becomes StageError."""
+    from storage.errors import EspalierError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        view.stop(name, "interrupted")
+        raise
+    except EspalierError:
+        view.stop(name, "failed")
+        raise
+    except Exception as error:
+        view.stop(name, "failed")
+        raise StageError(f"{name}: failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray's errors are tracebacks as text: the last line is the worker's own error.
+    return lines[-1] if lines else type(error).__name__
+
+
+def _say_results(opened: Sweep, as_json: bool) -> None:
+    from search.stages.results import results
+
+    found = results(opened)
+    if as_json:
+        print(json.dumps({"event": "results", **found}))
+        return
+    for student in found["students"]:
+        score = "" if student["judge_score"] is None else f", judge {student['judge_score']:.3f}"
+        print(
+            f"{student['budget']:>8}  {student['parameters']:,} parameters, "
+            f"fidelity loss {student['fidelity_loss']:.4g}{score}  {student['url']}"
+        )
+    print(f"  report  {found['report']}")

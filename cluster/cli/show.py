@@ -1,0 +1,267 @@
+"""`espalier status`, `espalier report` and `espalier plan`: what there is, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.common import (
+    ConfigFile,
+    Json,
+    Settings,
+    command_line,
+    endings,
+    open_config,
+    print_json,
+)
+from storage.errors import EspalierError
+
+if TYPE_CHECKING:
+    from trainers.students.plan import Plan
+
+PANEL = "Look"
+QWEN_IMAGE: Mapping[str, Any] = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "num_layers": 60,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 3584,
+    "in_channels": 64,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+"""Qwen/Qwen-Image, transformer/config.json: the teacher of a 60-block plan unless one is given."""
+GIB = 2**30
+
+
+class TeacherSizesError(EspalierError):
+    """A plan whose teacher's sizes are not known."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("status", rich_help_panel=PANEL)(status)
+    app.command("report", rich_help_panel=PANEL)(report)
+    app.command("plan", rich_help_panel=PANEL)(plan)
+
+
+def status(config: ConfigFile, settings: Settings = [], as_json: Json = False) -> None:  # noqa: B006  # typer copies it
+    """Show how far a sweep is, and the best students so far.
+
+    Example: espalier status examples/miniature.yaml --json
+    """
+    with endings():
+        opened = open_config(config, settings)
+        from search.stages.results import status as status_of
+
+        found = status_of(opened)
+        if as_json:
+            print_json(found)
+            return
+        _print_status(found)
+
+
+def report(
+    config: ConfigFile,
+    settings: Settings = [],  # noqa: B006  # typer copies it
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write page and pictures into this folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Render the report of a sweep from what it has so far, and print where the page is.
+
+    Example: espalier report examples/miniature.yaml --out build/report
+    """
+    with endings(command_line("report", config, settings)):
+        opened = open_config(config, settings)
+        from search.stages.report import render
+
+        print(render(opened, out))
+
+
+def plan(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A plan (JSON or YAML), a recipe (YAML), or a student's folder.",
+            show_default=False,
+            metavar="PLAN_OR_RECIPE",
+        ),
+    ],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub name of the teacher; Qwen-Image for plans of 60 blocks.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a plan's blocks, parameters and memory; nothing is loaded or built.
+
+    Examples:
+
+      espalier plan runs/best/50pct
+
+      espalier plan examples/ppcl-10b.yaml --teacher Qwen/Qwen-Image
+    """
+    with endings():
+        from trainers.students.plan import load_plan
+
+        student = load_plan(path / "plan.json" if path.is_dir() else path)
+        described = describe(student, sizes_of(student, path, teacher))
+        if as_json:
+            print_json(described)
+            return
+        _print_plan(described)
+
+
+def sizes_of(student: Plan, path: Path, teacher: str | None) -> Mapping[str, Any]:
+    """The transformer config to count by: the teacher's, or that of the student's own folder."""
+    if teacher is not None:
+        config = transformer_config(teacher)
+        from trainers.students.families import family_of
+
+        blocks = family_of(config, f"{teacher}: transformer/config.json").blocks(config)
+        if blocks != student.teacher_blocks:
+            raise TeacherSizesError(
+                f"--teacher {teacher}: has {blocks} blocks, and the plan is for a teacher of "
+                f"{student.teacher_blocks}; give the teacher that the plan was made for"
+            )
+        return config
+    if path.is_dir():  # a student's blocks are as wide as its teacher's
+        return transformer_config(str(path))
+    if student.family == "qwen_image" and student.teacher_blocks == QWEN_IMAGE["num_layers"]:
+        return QWEN_IMAGE
+    raise TeacherSizesError(
+        f"{path}: its teacher has {student.teacher_blocks} blocks, of unknown size; say which with "
+        "--teacher"
+    )
+
+
+def transformer_config(name: str) -> dict[str, Any]:
+    """transformer/config.json of a folder or hub repository; no weights are fetched."""
+    file = Path(name).expanduser() / "transformer" / "config.json"
+    if not Path(name).expanduser().is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            file = Path(hf_hub_download(name, "transformer/config.json"))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise TeacherSizesError(
+                f"teacher {name}: neither a folder nor to be had from the Hugging Face hub"
+            ) from error
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TeacherSizesError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise TeacherSizesError(f"{file}: must hold a JSON object")
+    return config
+
+
+def describe(student: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan in numbers; memory in bytes, for bfloat16 weights."""
+    from trainers.students.counts import memory, plan_parameters
+    from trainers.students.families import family_named
+    from trainers.students.plan import identity_plan
+
+    family = family_named(student.family)
+    teacher = plan_parameters(identity_plan(student.family, student.teacher_blocks), config)
+    parameters = plan_parameters(student, config)
+    held, held_by_teacher = memory(parameters), memory(teacher)
+    return {
+        "digest": student.digest,
+        "family": student.family,
+        "blocks": [
+            {
+                "block": i,
+                "span": list(block.span),
+                "start": "teacher" if block.untouched else block.start,
+                "ffn": block.ffn,
+                "text": block.text,
+                "parameters": family.block_parameters(config, block),
+            }
+            for i, block in enumerate(student.blocks)
+        ],
+        "outside_parameters": family.outside_parameters(config),
+        "parameters": parameters,
+        "memory": {"weights": held.weights, "training": held.training},
+        "teacher": {
+            "blocks": student.teacher_blocks,
+            "parameters": teacher,
+            "memory": {"weights": held_by_teacher.weights, "training": held_by_teacher.training},
+        },
+    }
+
+
+def _print_plan(described: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name, justify in (
+        ("block", "right"), ("teacher blocks", "left"), ("start", "left"), ("ffn", "right"),
+        ("text", "left"), ("parameters", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    for row in described["blocks"]:
+        first, last = row["span"]
+        table.add_row(
+            str(row["block"]),
+            str(first) if first == last else f"{first}–{last}",
+            row["start"],
+            f"{row['ffn']:g}",
+            row["text"],
+            f"{row['parameters']:,}",
+        )
+    table.add_row("", "outside", "teacher", "", "", f"{described['outside_parameters']:,}")
+    console = Console(highlight=False)
+    console.print(table)
+    teacher, student = described["teacher"], described["parameters"]
+    console.print(
+        f"\n{described['family']} {described['digest']}: "
+        f"{len(described['blocks'])} blocks from {teacher['blocks']}, {student:,} parameters "
+        f"from {teacher['parameters']:,} ({student / teacher['parameters']:.1%})"
+    )
+    console.print(
+        f"memory in bfloat16: {_gib(described['memory']['weights'])} to hold it "
+        f"(teacher {_gib(teacher['memory']['weights'])}), {_gib(described['memory']['training'])} "
+        "to train all of it with AdamW; activations come on top"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _print_status(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster.live import duration
+
+    console = Console(highlight=False)
+    console.print(f"sweep {found['sweep']} of {found['teacher']} in {found['storage']}")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in found["stages"]:
+        took = duration(row["seconds"]) if row["seconds"] else ""
+        share = f"{row['done']}/{row['total']}" if row.get("total") else ""
+        table.add_row(row["stage"], row["state"], took, row["summary"] or share)
+    console.print(table)
+    for best in found["best_trials"]:
+        console.print(
+            f"best trial at {best['budget']}: fidelity loss {best['fidelity_loss']:.4g}, "
+            f"{best['parameters']:,} parameters, of {best['trials']} trials"
+        )
+    for entry in found["registry"]:
+        score = "" if entry["judge_score"] is None else f", judge {entry['judge_score']:.3f}"
+        console.print(
+            f"published at {entry['budget']}: fidelity loss {entry['fidelity_loss']:.4g}{score}, "
+            f"{entry['parameters']:,} parameters, by sweep {entry['sweep']}"
+        )

@@ -1,0 +1,107 @@
+"""Joins a Ray cluster for the length of a command, or starts one on this machine.
+
+`RAY_ADDRESS` names a cluster; without it a local Ray uses the machine's processors and GPUs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from storage.errors import EspalierError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Shared memory of a local Ray. Weights and latents travel through the store, not through Ray;
+only small batches of pictures pass here."""
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Ray, Tune and the model libraries report to us; the terminal shows what we make of it."""
+
+BEHAVIOUR = {
+    # Tune would answer Ctrl-C itself and go on with the next stage.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Relative paths in a config mean the same in a worker as here.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Importing torch and diffusers in every worker of a small machine takes most of a minute.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+
+PASSED_ON = ("AWS_", "HF_", "RCLONE_")
+"""Beginnings of the variables that workers on other machines need as well."""
+
+
+class ClusterError(EspalierError):
+    """No Ray cluster that this sweep could run on."""
+
+
+@contextmanager
+def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
+    """Ray is up inside the block, and left or stopped after it.
+
+    Raises:
+        ClusterError: RAY_ADDRESS does not answer, or `gpu` is asked for and there is none.
+    """
+    prepare_environment()
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS") or None
+    arguments: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    if address is None:
+        arguments |= {
+            "num_cpus": processors(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    else:
+        passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        arguments["runtime_env"] = {"env_vars": passed | QUIET | BEHAVIOUR}
+    try:
+        # "local" keeps Ray from joining whatever cluster it finds running on this machine.
+        ray.init(address=address or "local", **arguments)
+    except Exception as error:  # Ray raises a plain Exception when its node does not come up
+        where = f"RAY_ADDRESS={address}" if address else "a local Ray"
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ClusterError(f"{where} does not answer ({reason}); try again or check it") from error
+    try:
+        _quieten()
+        if accelerator == "gpu" and not ray.cluster_resources().get("GPU"):
+            raise ClusterError(
+                "accelerator: gpu, but the Ray cluster has none; add a machine with a GPU or set "
+                "accelerator: cpu"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def prepare_environment() -> None:
+    """Sets what Ray and its workers read at their start; a variable that is set already stays."""
+    for name, value in (QUIET | BEHAVIOUR).items():
+        os.environ.setdefault(name, value)
+
+
+def processors() -> int:
+    """Processors this process may use: containers and `taskset` allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quieten() -> None:
+    for name in ("ray", "ray.tune", "ray.train", "ray.data", "optuna"):
+        logging.getLogger(name).setLevel(logging.ERROR)

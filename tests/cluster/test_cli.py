@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from cluster.cli.common import StageError, endings, user_error
+from cluster.cli.main import app
+from storage.errors import EspalierError
+
+PPCL_SPANS = [
+    (3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42, 43), (45, 47), (48, 49),
+    (52, 53), (54, 55), (56, 57),
+]  # fmt: skip
+
+
+def espalier(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def ppcl_plan(folder: Path) -> Path:
+    covered = {i for first, last in PPCL_SPANS for i in range(first, last + 1)}
+    spans = sorted([*PPCL_SPANS, *((i, i) for i in range(60) if i not in covered)])
+    path = folder / "plan.json"
+    plan = {
+        "family": "qwen_image",
+        "teacher_blocks": 60,
+        "blocks": [{"span": span} for span in spans],
+    }
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def sweep_file(folder: Path, teacher: Path, **changes: object) -> Path:
+    config = {
+        "name": "tiny",
+        "teacher": str(teacher),
+        "storage": str(folder / "runs"),
+        "budgets": ["60%"],
+        **changes,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, cluster.cli.main\n"
+        "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'optuna', 's3fs'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_has_examples() -> None:
+    for verb in ("sweep", "encode", "publish", "status", "report", "plan", "generate", "judge"):
+        shown = espalier(verb, "--help")
+        assert shown.exit_code == 0
+        assert f"espalier {verb}" in shown.output
+
+
+def test_the_published_ppcl_plan_has_its_published_size(tmp_path: Path) -> None:
+    done = espalier("plan", ppcl_plan(tmp_path), "--json")
+    said = json.loads(done.output)
+    assert said["parameters"] == 11_934_618_688
+    assert said["teacher"]["parameters"] == 20_430_401_088
+    assert said["memory"]["weights"] == 2 * 11_934_618_688
+    assert len(said["blocks"]) == 35
+
+
+def test_a_plan_is_a_table_for_people(tmp_path: Path) -> None:
+    done = espalier("plan", ppcl_plan(tmp_path))
+    assert "35 blocks from 60, 11,934,618,688 parameters" in done.output.replace("\n", " ")
+    assert "15–24" in done.output
+
+
+def test_a_plan_with_a_gap_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "{family: qwen_image, teacher_blocks: 60, blocks: [{span: [0, 0]}, {span: [2, 59]}]}"
+    )
+    done = espalier("plan", path)
+    assert done.exit_code == 1
+    assert "block 1: span [2, 59] leaves a gap" in done.stderr
+
+
+def test_a_plan_of_an_unknown_teacher_asks_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text('{"family": "qwen_image", "teacher_blocks": 3, "blocks": [{"span": [0, 2]}]}')
+    done = espalier("plan", path)
+    assert done.exit_code == 1
+    assert "--teacher" in done.stderr
+
+
+def test_a_plan_for_another_teacher_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:
+    done = espalier("plan", ppcl_plan(tmp_path), "--teacher", tiny_pipeline)
+    assert done.exit_code == 1
+    assert "has 6 blocks" in done.stderr
+
+
+def test_wrong_usage_is_2() -> None:
+    assert espalier("sweep").exit_code == 2
+    assert espalier("swepe").exit_code == 2
+
+
+def test_a_budget_below_every_plan_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:
+    done = espalier("sweep", sweep_file(tmp_path, tiny_pipeline, budgets=["1%"]))
+    assert done.exit_code == 1
+    assert "budget 1%" in done.stderr
+    assert "smallest reachable" in done.stderr
+
+
+def test_a_missing_teacher_is_refused(tmp_path: Path) -> None:
+    done = espalier("sweep", sweep_file(tmp_path, tmp_path / "absent"))
+    assert done.exit_code == 1
+    assert "no such folder" in done.stderr
+
+
+def test_pictures_without_captions_are_named(tmp_path: Path, tiny_pipeline: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "lonely.png").write_bytes(b"")
+    data = {"source": "folder", "path": str(tmp_path / "data")}
+    done = espalier("sweep", sweep_file(tmp_path, tiny_pipeline, data=data))
+    assert done.exit_code == 1
+    assert "lonely.png: a picture without a caption" in done.stderr
+    assert not (tmp_path / "runs" / "sweeps").exists()
+
+
+def test_a_stage_without_its_input_says_what_to_run(tmp_path: Path, tiny_pipeline: Path) -> None:
+    done = espalier("library", sweep_file(tmp_path, tiny_pipeline))
+    assert done.exit_code == 1
+    assert "run `espalier encode` first" in done.stderr
+
+
+def test_status_of_a_sweep_that_has_not_begun(tmp_path: Path, tiny_pipeline: Path) -> None:
+    said = json.loads(espalier("status", sweep_file(tmp_path, tiny_pipeline), "--json").output)
+    assert {stage["state"] for stage in said["stages"]} == {"missing"}
+    assert said["registry"] == []
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    done = espalier("generate", tmp_path / "absent", "--prompt", "a red circle")
+    assert done.exit_code == 1
+    assert "no such folder" in done.stderr
+
+
+def test_interruption_says_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, endings("espalier sweep a.yaml"):
+        raise KeyboardInterrupt
+    assert caught.value.exit_code == 130
+    assert "resumes with: espalier sweep a.yaml" in capsys.readouterr().err
+
+
+def test_an_unexpected_failure_is_3(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, endings("espalier sweep a.yaml"):
+        raise StageError("search: failed: no room") from MemoryError("no room")
+    assert caught.value.exit_code == 3
+    assert "espalier: search: failed: no room" in capsys.readouterr().err
+
+
+def test_an_error_that_ray_carried_is_still_one_sentence() -> None:
+    import ray.exceptions
+
+    plain = EspalierError("picture.png: cannot be read; remove it")
+    carried = ray.exceptions.RayTaskError("work", "Traceback ...", plain).as_instanceof_cause()
+    assert isinstance(carried, EspalierError)
+    assert str(user_error(carried)) == "picture.png: cannot be read; remove it"
+    wrapped = RuntimeError("stage failed")
+    wrapped.__cause__ = carried
+    assert str(user_error(wrapped)) == "picture.png: cannot be read; remove it"
+    assert user_error(ValueError("ours")) is None

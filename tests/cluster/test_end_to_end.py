@@ -1,0 +1,141 @@
+"""The whole sweep by its command, on a tiny teacher: on S3, and killed in every stage."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.manifest import fetch, published
+from storage.store import open_store
+from trainers.students.plan import load_plan
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "cluster.cli.main"]
+STAGES = ("encode", "analyse", "library", "search", "recover", "publish", "report")
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "budgets": ["60%"],
+    "workers": 2,
+    "data": {"pictures": 32, "held_out": 8, "shard": 8},
+    "analyse": {"pictures": 4, "bands": 2, "tokens": 64, "replacements": 8},
+    "library": {"steps": 3, "batch_size": 4, "max_span": 3, "widths": [1.0, 0.5], "group": 2},
+    "search": {"trials": 6, "lag": 4, "probe": {"pictures": 4, "timesteps": 2}},
+    "recover": {
+        "schedules": 1,
+        "space": {
+            "phases": [
+                {"loss": "span", "steps": 3, "lr": 0.001, "batch_size": 4},
+                {"loss": "velocity", "train": "all", "steps": 3, "lr": 0.001, "batch_size": 4},
+            ]
+        },
+    },
+    "judge": {"task": "shapes", "per_family": 1, "steps": 2, "shown": 4},
+}
+
+
+def write_config(folder: Path, teacher: Path, storage: str, **changes: object) -> Path:
+    path = folder / "sweep.yaml"
+    document = {**TINY, "teacher": str(teacher), "storage": storage, **changes}
+    path.write_text(json.dumps(document))
+    return path
+
+
+def espalier(*arguments: str | Path) -> list[dict[str, Any]]:
+    """The events that the command printed as JSON; it must end well."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments), "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def ended(events: list[dict[str, Any]]) -> dict[str, bool]:
+    """By stage, whether it had been done before."""
+    return {e["stage"]: e["reused"] for e in events if e["event"] == "done"}
+
+
+@pytest.mark.timeout(1800)
+def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None:
+    config = write_config(tmp_path, tiny_pipeline, s3_url)
+    events = espalier("sweep", config)
+    assert ended(events) == dict.fromkeys(STAGES, False)
+    (student,) = events[-1]["students"]
+    store = open_store(s3_url)
+
+    best = published(store, "best/60pct")
+    assert best is not None
+    assert best.meta["plan"] == student["plan"]
+    folder = tmp_path / "student"
+    fetch(store, "best/60pct", folder)
+    assert load_plan(folder / "plan.json").digest == student["plan"]
+    assert (folder / "README.md").read_text().startswith("---")
+    report = published(store, "sweeps/tiny/report")
+    assert report is not None
+    assert "report.html" in report.files
+
+    again = espalier("sweep", config)
+    assert ended(again) == dict.fromkeys(STAGES, True)
+    assert again[-1] == events[-1]
+
+    trained = set(store.keys("library"))
+    other = write_config(tmp_path, tiny_pipeline, s3_url, name="other", budgets=["80%"])
+    for stage in ("encode", "analyse"):
+        assert ended(espalier(stage, other)) == {stage: True}
+    library = espalier("library", other)
+    assert ended(library) == {"library": False}
+    record = published(store, "sweeps/other/stages/library")
+    assert record is not None
+    facts = record.meta["facts"]
+    assert isinstance(facts, Mapping)
+    added = {key.rsplit("/", 1)[0] for key in set(store.keys("library")) - trained}
+    assert facts["trained"] == len(added)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_sweep_killed_in_every_stage_ends_alike(tmp_path: Path, tiny_pipeline: Path) -> None:
+    whole = espalier("sweep", write_config(tmp_path, tiny_pipeline, str(tmp_path / "whole")))
+    config = write_config(tmp_path, tiny_pipeline, str(tmp_path / "killed"))
+    finished: dict[Path, int] = {}
+    for stage in STAGES:
+        kill_in(stage, config)
+        finished |= manifests(tmp_path / "killed")
+    events = espalier("sweep", config)
+    plans = [[s["plan"] for s in run[-1]["students"]] for run in (whole, events)]
+    assert plans[0] == plans[1]
+    now = manifests(tmp_path / "killed")
+    assert {path: now.get(path) for path in finished} == finished
+
+
+def kill_in(stage: str, config: Path) -> None:
+    """Starts the sweep and ends it with SIGKILL at the first progress of a stage."""
+    with subprocess.Popen(
+        [*COMMAND, "sweep", str(config), "--json"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        for line in running.stdout:
+            event = json.loads(line) if line.startswith("{") else {}
+            told = event.get("event") == "progress" or stage == "report"
+            if event.get("stage") == stage and (told or event.get("event") == "done"):
+                break
+        running.send_signal(signal.SIGKILL)
+
+
+def manifests(root: Path) -> dict[Path, int]:
+    """When each finished replacement, shard and recovery was written."""
+    kept = ("encoded", "library", "sweeps/tiny/recovery")
+    return {
+        path: path.stat().st_mtime_ns
+        for prefix in kept
+        for path in (root / prefix).rglob("manifest.json")
+    }
