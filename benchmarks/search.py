@@ -2,8 +2,8 @@
 
     python -m benchmarks.search examples/miniature.yaml --trials 200
 
-Needs the library of that sweep (`make demo`, or `espalier library CONFIG`). Scores under a prefix of
-its own, which it removes, so that every trial is really scored. Prints one JSON object.
+Needs the library of that sweep (`make demo`, or `espalier library CONFIG`). Scores under a prefix
+of its own, which it removes, so that every trial is really scored. Prints one JSON object.
 """
 
 from __future__ import annotations
