@@ -26,6 +26,8 @@ LEAST_OVERLAP = 0.72
 """Intersection over union with the best template below which a part has no shape we know."""
 PLACE_DISTANCE = 9.0
 """Pixels (at 64 px) from a place's middle within which a thing is at that place."""
+EXTENT = dict.fromkeys(SHAPES, 1.0) | {"square": 0.9, "triangle": 0.97}
+"""Half the side of a shape's tight box, as a part of its radius."""
 
 
 def judge(picture: Image.Image, caption: str) -> bool:
@@ -56,7 +58,8 @@ def see(picture: Image.Image) -> list[tuple[Thing, float, float]]:
             continue
         rows, columns = box
         row, column = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
-        things.append((Thing(_shape(part, box), _colour(rgb, part)), row, column))
+        side = max(rows.stop - rows.start, columns.stop - columns.start)
+        things.append((Thing(_shape(part, row, column, side), _colour(rgb, part)), row, column))
     return things
 
 
@@ -89,21 +92,13 @@ def satisfies(seen: list[tuple[Thing, float, float]], request: Request) -> bool:
     return bool(ahead > abs(aside))
 
 
-def _shape(part: NDArray[np.bool_], box: tuple[slice, slice]) -> str:
-    rows, columns = box
-    row, column = (rows.start + rows.stop) / 2, (columns.start + columns.stop) / 2
-    radius = max(rows.stop - rows.start, columns.stop - columns.start) / 2
+def _shape(part: NDArray[np.bool_], row: float, column: float, side: float) -> str:
     overlaps = {}
     for shape in SHAPES:
-        template = coverage(shape, row, column, radius / EXTENT[shape], SIZE) > 0.5
+        template = coverage(shape, row, column, side / 2 / EXTENT[shape], SIZE) > 0.5
         overlaps[shape] = (part & template).sum() / (part | template).sum()
     best = max(overlaps, key=lambda shape: overlaps[shape])
     return best if overlaps[best] >= LEAST_OVERLAP else "?"
-
-
-EXTENT = {"square": 0.9, "triangle": 0.97}
-"""Half the side of a shape's tight box, as a part of its radius."""
-EXTENT |= {shape: 1.0 for shape in SHAPES if shape not in EXTENT}
 
 
 def _colour(rgb: NDArray[np.float64], part: NDArray[np.bool_]) -> str:
