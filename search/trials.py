@@ -193,6 +193,8 @@ def _tune(
                 verbose=0,
                 # A lost machine's trials are scored again elsewhere.
                 failure_config=tune.FailureConfig(max_failures=2),
+                # Tune would save a class trainable at its end; a scored plan has nothing to save.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
 

@@ -28,6 +28,7 @@ from storage.store import Store, open_store
 from storage.tensors import save_tensors
 from tests.trainers.small import local_ray
 from trainers.data.latents import open_latents
+from trainers.data.shards import EncodedMeta, shard_prefix
 from trainers.evaluate import fidelity_loss
 from trainers.library.library import TENSORS, Library, ReplacementMeta
 from trainers.probe import ProbeConfig, make_probe
@@ -54,7 +55,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """An encoding of random latents in two shards."""
     store = open_store(str(tmp_path_factory.mktemp("store")))
     generator = torch.Generator().manual_seed(0)
-    for name in ("shard-00000", "shard-00001"):
+    for number in range(2):
         tensors = {
             "latents": torch.randn(4, 16, 8, 8, generator=generator),
             "embeds": torch.randn(4, 5, 64, generator=generator),
@@ -62,9 +63,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
         }
         captions = json.dumps(["a circle"] * 4).encode()
         files = {"tensors.safetensors": save_tensors(tensors), "captions.json": captions}
-        publish(store, f"encoded/x/{name}", files)
-    index = {"shards": ["shard-00000", "shard-00001"], "held_out": 3}
-    publish(store, "encoded/x", {"index.json": json.dumps(index).encode()})
+        publish(store, shard_prefix("encoded/x", number), files)
+    meta = EncodedMeta(shards=2, pictures=8, held_out=3)
+    publish(store, "encoded/x", {}, meta.model_dump(mode="json"))
     return store
 
 

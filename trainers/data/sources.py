@@ -286,7 +286,11 @@ def _decode(content: bytes, where: str, resolution: int) -> NDArray[np.uint8]:
 
     try:
         picture = Image.open(io.BytesIO(content)).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{where}: cannot be read as a picture (of no known format); remove it"
+        ) from error
+    except OSError as error:
         raise DataError(f"{where}: cannot be read as a picture ({error}); remove it") from error
     return np.asarray(ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS))
 
