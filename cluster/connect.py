@@ -40,8 +40,19 @@ BEHAVIOUR = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 
-PASSED_ON = ("AWS_", "HF_", "RCLONE_")
-"""Beginnings of the variables that workers on other machines need as well."""
+PASSED_ON = (
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+)
+"""Variables that workers on other machines get from this one. No credential is among them: Ray
+shows a job's environment to everybody on its dashboard, so each node must bring its own."""
 
 
 class ClusterError(EspalierError):
@@ -71,7 +82,7 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     else:
-        passed = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+        passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         arguments["runtime_env"] = {"env_vars": passed | QUIET | BEHAVIOUR}
     try:
         # "local" keeps Ray from joining whatever cluster it finds running on this machine.

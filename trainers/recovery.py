@@ -143,9 +143,11 @@ def train_step(
 
 
 def phase_loss(student: Distilled, teacher: Observed, example: Example, phase: Phase) -> Tensor:
-    """The loss of one phase; `span` is the mean over replacements, each of which it reaches apart
-    from the others (PPCL sums; AdamW does not see the difference). Over several ranks the loss is the
-    mean of the ranks'."""
+    """The loss of one phase, of this rank's slice; over several ranks their mean is trained.
+
+    `span` is the mean over replacements, each of which it reaches apart from the others (PPCL
+    sums; AdamW does not see the difference).
+    """
     if phase.loss == "span":
         return _span_loss(student, teacher, example.inputs, phase.magnitude)
     velocity_BNC = cast("Tensor", student(example.inputs))

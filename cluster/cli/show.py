@@ -221,7 +221,7 @@ def _print_plan(described: Mapping[str, Any]) -> None:
             f"{row['parameters']:,}",
         )
     table.add_row("", "outside", "teacher", "", "", f"{described['outside_parameters']:,}")
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     teacher, student = described["teacher"], described["parameters"]
     console.print(
@@ -246,7 +246,7 @@ def _print_status(found: Mapping[str, Any]) -> None:
 
     from cluster.live import duration
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"sweep {found['sweep']} of {found['teacher']} in {found['storage']}")
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in found["stages"]:
