@@ -88,7 +88,7 @@ def main() -> None:
     captions = [request.caption for request in wanted]
     pipeline = train_transformer(options, tokenizer, vae, latents, captions)
     pipeline.save_pretrained(options.out)
-    (options.out / "README.md").write_text(MODEL_CARD)
+    (options.out / "espalier.json").write_text('{"resolution": 64}\n')
 
 
 def make_tokenizer(folder: Path) -> Qwen2Tokenizer:
@@ -382,18 +382,6 @@ TEMPLATE = (
     "<|im_end|>\n<|im_start|>assistant\n"
 )
 """QwenImagePipeline.prompt_template_encode, which the tokenizer is made for."""
-
-MODEL_CARD = """\
----
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# A miniature Qwen-Image
-
-A genuine `QwenImagePipeline`, trained from nothing by `examples/make_miniature.py` on drawn shapes.
-It draws 64-pixel pictures: pass `height=64, width=64`.
-"""
 
 
 if __name__ == "__main__":

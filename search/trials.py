@@ -125,9 +125,9 @@ def run_search(
 
     searcher = PlanSearcher(proposals, known, scored)
     if searcher.advance():
-        _tune(searcher, bench, config, min(workers, config.lag), cpus, gpus)
-    if searcher.error is not None:
-        raise SearchError(f"search stopped at {searcher.error}")
+        cause = _tune(searcher, bench, config, min(workers, config.lag), cpus, gpus)
+        if searcher.error is not None:
+            raise SearchError(f"search stopped at {searcher.error}{cause}")
     ordered = [trials[number] for number in sorted(trials)]
     save_trials(store, prefix, ordered)
     return ordered
@@ -168,7 +168,8 @@ def complete(trials: Sequence[Trial]) -> list[Trial]:
 
 def _tune(
     searcher: object, bench: Bench, config: SearchConfig, workers: int, cpus: float, gpus: float
-) -> None:
+) -> str:
+    """Runs Tune to its end; the last line of the first trial's exception, or nothing."""
     from ray import tune
 
     from search.study import ScoringActor, quiet_tune
@@ -177,7 +178,7 @@ def _tune(
         tune.with_parameters(ScoringActor, bench=bench), {"cpu": cpus, "gpu": gpus}
     )
     with tempfile.TemporaryDirectory(prefix="espalier-tune-") as folder, quiet_tune():
-        tune.Tuner(
+        results = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
@@ -197,6 +198,7 @@ def _tune(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+    return f": {str(results.errors[0]).strip().splitlines()[-1]}" if results.errors else ""
 
 
 def _short(trial: object) -> str:

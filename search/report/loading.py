@@ -21,7 +21,12 @@ def loading(plan: Plan, url: str, sampling: Mapping[str, int | float], caption: 
     arguments = ", ".join(f"{name}={value}" for name, value in sampling.items())
     # JSON's quotes are Python's too, and double like those of the other lines.
     prompt, where = (json.dumps(text, ensure_ascii=False) for text in (caption, folder))
-    needs = "" if plan.depth_only else "# needs: pip install espalier (its FFNs are narrower)\n"
+    # diffusers imports no library that a model names; the narrowed class must be there already.
+    needs = (
+        ""
+        if plan.depth_only
+        else "import trainers  # pip install espalier: its class holds the narrower FFNs\n"
+    )
     return (
         f"{copy}{needs}from diffusers import QwenImagePipeline\n\n"
         f"pipeline = QwenImagePipeline.from_pretrained({where})\n"
