@@ -5,7 +5,7 @@ Import this late: it imports Ray Tune.
 Tune is used for what it does well, keeping scoring actors warm and busy. It keeps no state: scores
 go to our store as they are made, and a search that was cut off replays its proposals
 (search/proposals.py). So its loggers, checkpoints and result files are all switched off, which
-also brings its cost to about 15 ms a trial.
+also brings its cost to about 20 ms a trial.
 """
 
 from __future__ import annotations
