@@ -81,9 +81,7 @@ class S3Store:
             with self._translated(""):
                 self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
         except MissingKey:
-            raise StoreError(
-                f"{self.url}: the bucket {self._bucket} does not exist; create it first"
-            ) from None
+            raise self._no_bucket() from None
 
     def read(self, key: str) -> BinaryIO:
         name = self._name(key)
@@ -105,11 +103,14 @@ class S3Store:
         name = self._name(key)
         stream = io.BytesIO(body) if isinstance(body, bytes) else body
         first = _part(stream)
-        with self._translated(key):
-            if len(first) < _PART:
-                self._call("put_object", Key=name, Body=first)
-            else:
-                self._write_parts(name, first, stream)
+        try:
+            with self._translated(key):
+                if len(first) < _PART:
+                    self._call("put_object", Key=name, Body=first)
+                else:
+                    self._write_parts(name, first, stream)
+        except MissingKey:  # some servers list a bucket that is not there as an empty one
+            raise self._no_bucket() from None
 
     def keys(self, prefix: str) -> Iterator[str]:
         start = self._name(prefix) if prefix else self._prefix
@@ -159,6 +160,9 @@ class S3Store:
             with suppress(OSError, BotoCoreError):  # the first failure is the one to tell
                 self._call("abort_multipart_upload", Key=name, UploadId=upload)
             raise
+
+    def _no_bucket(self) -> StoreError:
+        return StoreError(f"{self.url}: the bucket {self._bucket} does not exist; create it first")
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         return cast(dict[str, Any], self._files.call_s3(method, Bucket=self._bucket, **arguments))

@@ -70,16 +70,19 @@ def endings(resume: str | None = None) -> Iterator[None]:
 
 
 def user_error(error: BaseException | None) -> EspalierError | None:
-    """The EspalierError inside an error, also one that Ray carried here from a worker."""
+    """The outermost EspalierError of an error's causes, also one that Ray carried from a worker."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         # Ray's copy of a worker's error is an instance of both classes, with a traceback as its
-        # text; the plain error is its cause.
-        inner = getattr(error, "cause", None) or error.__cause__ or error.__context__
-        if isinstance(error, EspalierError) and not isinstance(inner, EspalierError):
+        # text; the plain error is what it calls its cause.
+        carried = getattr(error, "cause", None)
+        if isinstance(carried, BaseException):
+            error = carried
+        elif isinstance(error, EspalierError):
             return error
-        error = inner if isinstance(inner, BaseException) else None
+        else:
+            error = error.__cause__ or error.__context__
     return None
 
 

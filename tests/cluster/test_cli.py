@@ -178,3 +178,9 @@ def test_an_error_that_ray_carried_is_still_one_sentence() -> None:
     wrapped.__cause__ = carried
     assert str(user_error(wrapped)) == "picture.png: cannot be read; remove it"
     assert user_error(ValueError("ours")) is None
+
+
+def test_the_outermost_error_is_told_because_it_knows_the_file() -> None:
+    outer = EspalierError("plan.json: block 1 leaves a gap")
+    outer.__cause__ = EspalierError("block 1 leaves a gap")
+    assert user_error(outer) is outer

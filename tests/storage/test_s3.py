@@ -110,6 +110,11 @@ def test_a_bucket_that_does_not_exist_is_told_at_opening(s3_url):
         open_store("s3://nowhere/prefix")
 
 
+def test_a_bucket_that_a_server_lists_as_empty_is_told_at_the_first_write(s3_url):
+    with pytest.raises(StoreError, match="bucket nowhere does not exist"):
+        open_store("s3://nowhere/prefix").write("key", b"body")
+
+
 @pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "s3://bucket/a?b", "s3://bucket/a//b"])
 def test_malformed_urls_are_refused(url):
     with pytest.raises(StoreError, match=r"s3://bucket/prefix|not a key"):
