@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.trainers.small import local_ray
+from trainers.teacher import Teacher, open_teacher
 
 pytest_plugins = ["tests.s3"]
 
@@ -48,3 +52,16 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     pipeline.save_pretrained(folder / "tiny")
     return folder / "tiny"
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_pipeline: Path) -> Teacher:
+    """The tiny pipeline, opened."""
+    return open_teacher(tiny_pipeline)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """A local Ray of a module's own."""
+    with local_ray():
+        yield

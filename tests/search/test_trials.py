@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from search.trials import (
 from storage.manifest import publish
 from storage.store import Store, open_store
 from storage.tensors import save_tensors
-from tests.trainers.small import local_ray
 from trainers.data.latents import open_latents
 from trainers.data.shards import EncodedMeta, shard_prefix
 from trainers.evaluate import fidelity_loss
@@ -34,20 +32,9 @@ from trainers.library.library import TENSORS, Library, ReplacementMeta
 from trainers.probe import ProbeConfig, make_probe
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import assemble, make_block
-from trainers.teacher import Teacher, open_teacher
+from trainers.teacher import Teacher
 
 CONFIG = SearchConfig(trials=10, exact=2, lag=3)
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with local_ray():
-        yield
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_pipeline: Path) -> Teacher:
-    return open_teacher(tiny_pipeline)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import trainers.export
 from trainers.export import ExportError, export_student, load_pipeline
 from trainers.students.plan import BlockPlan, Plan, load_plan, uniform_plan
 from trainers.students.surgery import assemble
-from trainers.teacher import Teacher, TeacherError, open_teacher
+from trainers.teacher import TeacherError
 
 DEPTH = uniform_plan("qwen_image", 6, 3, start="middle")
 WIDTH = Plan(
@@ -21,11 +20,6 @@ WIDTH = Plan(
     teacher_blocks=6,
     blocks=(BlockPlan(span=(0, 2), ffn=0.5), BlockPlan(span=(3, 5), start="average")),
 )
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_pipeline: Path) -> Teacher:
-    return open_teacher(tiny_pipeline)
 
 
 def draw(pipeline: QwenImagePipeline) -> torch.Tensor:

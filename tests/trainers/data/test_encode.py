@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,27 +9,15 @@ import torch
 
 from storage.manifest import published, withdraw
 from storage.store import Store, open_store
-from tests.trainers.small import local_ray
 from trainers.data.encode import encode, encoding_digest
 from trainers.data.latents import open_latents
 from trainers.data.shards import shard_prefix
 from trainers.data.sources import DataConfig, DataError, list_units, read_unit
 from trainers.flow import pack
-from trainers.teacher import Teacher, open_teacher
+from trainers.teacher import Teacher
 
 CONFIG = DataConfig(pictures=10, held_out=2, shard=3, batch_size=2)
 PREFIX = "encoded/test"
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with local_ray():
-        yield
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_pipeline: Path) -> Teacher:
-    return open_teacher(tiny_pipeline)
 
 
 class CutOffError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from storage.manifest import publish
 from storage.store import open_store
 from storage.tensors import save_tensors
-from tests.trainers.small import load_transformer, local_ray, small_latents
+from tests.trainers.small import load_transformer, small_latents
 from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
 from trainers.library.config import LibraryConfig
 from trainers.library.library import (
@@ -27,7 +26,7 @@ from trainers.probe import ProbeConfig
 from trainers.students.families import FAMILIES
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble
-from trainers.teacher import Teacher, open_teacher
+from trainers.teacher import Teacher
 
 ENCODING = "encoded/test"
 CONFIG = LibraryConfig(steps=3, batch_size=4, warmup=1, group=2)
@@ -38,17 +37,6 @@ BLOCKS = [
     BlockPlan(span=(5, 5), ffn=0.5),
     BlockPlan(span=(5, 5)),
 ]
-
-
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with local_ray():
-        yield
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny_pipeline: Path) -> Teacher:
-    return open_teacher(tiny_pipeline)
 
 
 @pytest.fixture
