@@ -141,7 +141,7 @@ def nominate(
         for block, damage in through.items():
             regret = (damage - best) / best if best > 0 else damage
             regrets[block] = min(regret, regrets.get(block, math.inf))
-    for block in sorted(regrets, key=lambda b: (regrets[b], b.span, -b.ffn)):
+    for block in sorted(regrets, key=lambda b: (regrets[b], b.span, -b.kept, b.text)):
         if len(chosen) >= most:
             break
         if not block.untouched:

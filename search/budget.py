@@ -89,7 +89,8 @@ def check_reachable(budget: Budget, teacher_parameters: int, smallest: int) -> i
         raise BudgetError(
             f"budget {budget.asked} allows {limit:,} parameters, but the smallest reachable "
             f"student has {smallest:,} ({smallest / teacher_parameters:.1%} of the teacher); ask "
-            "for more, or allow longer spans (library.max_span) or narrower blocks (library.widths)"
+            "for more, or allow longer spans (library.max_span) or narrower blocks "
+            "(library.widths, library.texts)"
         )
     if limit > teacher_parameters:
         raise BudgetError(

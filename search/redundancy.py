@@ -21,11 +21,9 @@ from search.cka import aligned, cka_map, kernel
 from trainers.data.latents import Latents, generator_at, make_inputs
 from trainers.progress import Progress, silent
 from trainers.students.families.base import Context, Family, Inputs, State
+from trainers.students.fits import fit_maps, least_squares
 from trainers.students.plan import BlockPlan
-from trainers.students.surgery import make_block
-
-RIDGE = 1e-4
-"""Added to a probe's Gram matrix, relative to its mean diagonal: calibration tokens are few."""
+from trainers.students.surgery import Fits, make_block
 
 
 @torch.no_grad()
@@ -41,9 +39,10 @@ def analyse(
     """Measure a frozen teacher and estimate the damage of each candidate replacement.
 
     The estimate of a span is the squared change of the velocity when all its blocks but the first
-    give way to their linear probes; of a narrower FFN, when the first block of the span alone is
-    narrowed by its channels' importance, added to that. Both are measured through the rest of the
-    teacher. Trained replacements do better; the order is what counts.
+    give way to their linear probes; of another FFN or text, the mean over its blocks of what it
+    does to one alone, added to that: FFNs narrowed by their channels' importance, linear maps
+    fitted in closed form. Both are measured through the rest of the teacher. Trained replacements
+    do better; the order is what counts.
     """
     progress = progress or silent()
     blocks = list(family.block_modules(teacher))
@@ -62,8 +61,13 @@ def analyse(
     probes = {name: stream.probes() for name, stream in streams.items()}
 
     effects = _Effects(len(blocks), config.bands, candidates)
+    wanted = {
+        i: {name for v in effects.variants if v.span[0] == i for name in family.maps(v)}
+        for i in {variant.span[0] for variant in effects.variants}
+    }
+    fits = fit_maps(teacher, family, (inputs for inputs, _ in batches), wanted)
     for index, (inputs, bands) in enumerate(batches):
-        _measure_effects(effects, teacher, family, blocks, inputs, bands, probes)
+        _measure_effects(effects, teacher, family, blocks, inputs, bands, probes, fits)
         progress.update(len(batches) + index + 1, total)
 
     maps = {name: cka_map(stream.samples()[1:]) for name, stream in streams.items()}
@@ -77,17 +81,6 @@ def analyse(
         text_chain=chains["text"],
         damages=effects.damages(),
     )
-
-
-def solve_probe(gram_DD: Tensor, cross_DD: Tensor) -> Tensor:
-    """The matrix W [D, D] of least squared ‖X W − Y‖, from XᵀX and XᵀY; slightly ridged.
-
-    Returned in float32. A residual probe has Y = block(X) − X.
-    """
-    gram = gram_DD.double()
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, cross_DD.double()).float()
 
 
 @dataclass
@@ -115,7 +108,7 @@ class _Stream:
 
     def probes(self) -> list[Tensor]:
         """A residual linear probe for each block. Frees the Gram matrices."""
-        solved = [solve_probe(g, c) for g, c in zip(self._grams, self._crosses, strict=True)]
+        solved = [least_squares(g, c) for g, c in zip(self._grams, self._crosses, strict=True)]
         self._grams.clear()
         self._crosses.clear()
         return solved
@@ -131,11 +124,11 @@ class _Effects:
     def __init__(self, blocks: int, bands: int, candidates: Sequence[BlockPlan]) -> None:
         self._candidates = candidates
         self.spans = {block.span: 0.0 for block in candidates if block.length > 1}
-        self.narrowed = {
-            (i, block.ffn): 0.0
+        self.variants = {
+            variant: 0.0
             for block in candidates
-            if block.ffn < 1
-            for i in range(block.span[0], block.span[1] + 1)
+            if not block.depth_only
+            for variant in _variants(block)
         }
         self._skipped = torch.zeros(blocks, bands, dtype=torch.float64)
         self._counts = torch.zeros(bands, dtype=torch.float64)
@@ -155,11 +148,10 @@ class _Effects:
         found: dict[BlockPlan, float] = {}
         for block in self._candidates:
             total = self.spans.get(block.span, 0.0)
-            if block.ffn < 1:
+            if not block.depth_only:
                 # The replacement starts from any one of its blocks: their mean.
-                first, last = block.span
-                narrowed = [self.narrowed[i, block.ffn] for i in range(first, last + 1)]
-                total += sum(narrowed) / len(narrowed)
+                changed = [self.variants[variant] for variant in _variants(block)]
+                total += sum(changed) / len(changed)
             found[block] = total / self._pictures
         return found
 
@@ -172,6 +164,7 @@ def _measure_effects(
     inputs: Inputs,
     bands_B: Tensor,
     probes: dict[str, list[Tensor]],
+    fits: Fits,
 ) -> None:
     states, context = _states(teacher, family, blocks, inputs)
     velocity_BNC = family.end(teacher, states[-1], context).float()
@@ -194,15 +187,19 @@ def _measure_effects(
                 _probed(state.image_BND, probes["image"][i]),
             )
         effects.spans[first, last] += float(change(state, last).sum())
-    for i, fraction in effects.narrowed:
-        narrow = make_block(
-            family,
-            dict(cast("Any", teacher).config),
-            blocks,
-            BlockPlan(span=(i, i), ffn=fraction),
-        )
-        after = family.run_block(narrow, states[i], context)
-        effects.narrowed[i, fraction] += float(change(after, i).sum())
+    config = dict(cast("Any", teacher).config)
+    for variant in effects.variants:
+        i = variant.span[0]
+        changed = make_block(family, config, blocks, variant, fits=fits)
+        after = family.run_block(changed, states[i], context)
+        effects.variants[variant] += float(change(after, i).sum())
+
+
+def _variants(block: BlockPlan) -> list[BlockPlan]:
+    """What the block changes beside its depth, at each of its blocks alone."""
+    first, last = block.span
+    alone = {"start": "first", "text_map": False}
+    return [block.model_copy(update={"span": (i, i), **alone}) for i in range(first, last + 1)]
 
 
 def _states(

@@ -160,7 +160,7 @@ def _by_first(pieces: Pieces, teacher_blocks: int) -> list[list[tuple[BlockPlan,
 
 def _in_order(blocks: Iterable[BlockPlan]) -> list[BlockPlan]:
     # Ties between plans must not depend on the order in which a library was listed.
-    return sorted(blocks, key=lambda block: (block.span, block.ffn, block.start, block.text))
+    return sorted(blocks, key=lambda b: (b.span, b.kept, b.start, b.text, b.text_map))
 
 
 def _mirrored(block: BlockPlan, teacher_blocks: int) -> BlockPlan:

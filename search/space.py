@@ -4,13 +4,14 @@ A point *holds* boundaries between teacher blocks, each by a number in [0, 1]: 0
 to the measured damage of the pieces, 1 forbids merging across it. The exact solver then makes the
 best plan under the budget with the damages so reweighted, so every point is a valid plan that fits
 and uses its budget. All zeros is the exact plan itself: the search moves away from it only where
-scored plans say that summed damage misleads. Widths are held in the same way, block by block.
+scored plans say that summed damage misleads. Widths and text streams are held in the same way,
+block by block.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -18,7 +19,7 @@ from typing import Protocol
 from search.solver import Partition, Piece, Pieces, best_partitions, smallest
 from trainers.students.families import family_named
 from trainers.students.families.base import Config
-from trainers.students.plan import BlockPlan, Plan, PlanError, uniform_plan
+from trainers.students.plan import BlockPlan, Ffn, Plan, PlanError, Text, uniform_plan
 
 Holds = Mapping[str, float]
 
@@ -50,10 +51,11 @@ class Space:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The numbers a point has: `keep_i` holds the boundary before block i, `wide_i` the FFN
-        width of block i. Only what some piece merges or narrows."""
-        merged = {i for block in self.pieces for i in _inside(block)}
-        narrowed = {i for block in self.pieces if block.ffn < 1 for i in _covered(block)}
-        return (*(f"keep_{i}" for i in sorted(merged)), *(f"wide_{i}" for i in sorted(narrowed)))
+        width of block i, `dual_i` its text stream. Only what some piece gives up."""
+        given_up = {name for block in self.pieces for name in _given_up(block)}
+        kinds = ("keep", "wide", "dual")
+        every = (f"{kind}_{i}" for kind in kinds for i in range(self.teacher_blocks))
+        return tuple(name for name in every if name in given_up)
 
     def suggest(self, trial: Suggests) -> Holds:
         """A point, drawn by an Optuna trial."""
@@ -83,12 +85,11 @@ class Space:
         for i, block in enumerate(plan.blocks):
             if block not in self.pieces:
                 raise PlanError(
-                    f"block {i}: the library has no replacement for span {list(block.span)} with "
-                    f"ffn {block.ffn:g} and start {block.start!r}; train it first"
+                    f"block {i}: the library has no replacement for {block} with start "
+                    f"{block.start!r}; train it first"
                 )
-        merged = {f"keep_{i}" for block in plan.blocks for i in _inside(block)}
-        narrowed = {f"wide_{i}" for b in plan.blocks if b.ffn < 1 for i in _covered(b)}
-        return {name: 0.0 if name in merged | narrowed else 1.0 for name in self.names}
+        given_up = {name for block in plan.blocks for name in _given_up(block)}
+        return {name: 0.0 if name in given_up else 1.0 for name in self.names}
 
     def parameters(self, plan: Plan) -> int:
         """Parameters of a plan over these pieces."""
@@ -121,22 +122,30 @@ class Space:
         return statistics.median(damages) if damages else 1.0
 
     def _held(self, block: BlockPlan, piece: Piece, holds: Holds) -> Piece:
-        names = [f"keep_{i}" for i in _inside(block)]
-        if block.ffn < 1:
-            names += [f"wide_{i}" for i in _covered(block)]
-        penalty = sum(_penalty(holds[name]) for name in names)
+        penalty = sum(_penalty(holds[name]) for name in _given_up(block))
         return Piece(piece.damage + self._unit * penalty, piece.parameters)
 
 
-def candidates(teacher_blocks: int, max_span: int, widths: tuple[float, ...]) -> list[BlockPlan]:
-    """Every block that a plan may have: spans up to `max_span`, FFN at 1.0 and the other widths."""
+def candidates(
+    teacher_blocks: int,
+    max_span: int,
+    widths: Sequence[Ffn],
+    texts: Sequence[Text] = ("dual",),
+) -> list[BlockPlan]:
+    """Every block that a plan may have: spans up to `max_span`, with the teacher's FFN and text
+    stream and with each other width and text."""
     spans = [
         (first, first + length - 1)
         for length in range(1, max_span + 1)
         for first in range(teacher_blocks - length + 1)
     ]
-    fractions = sorted({1.0, *widths}, reverse=True)
-    return [BlockPlan(span=s, start="library", ffn=f) for s in spans for f in fractions]
+    return [
+        BlockPlan(span=span, start="library", ffn=ffn, text=text)
+        for span in spans
+        for ffn in dict.fromkeys((1.0, *widths))
+        for text in dict.fromkeys(("dual", *texts))
+        if span[0] > 0 or text != "projected"  # nothing before the first block has a text branch
+    ]
 
 
 def smallest_parameters(config: Config, family: str, blocks: list[BlockPlan]) -> int:
@@ -151,10 +160,12 @@ def _penalty(hold: float) -> float:
     return hold / (1 - hold) if hold < 1 - 1 / _FORBIDDEN else _FORBIDDEN
 
 
-def _inside(block: BlockPlan) -> range:
-    """The boundaries that a block merges across; boundary i lies before teacher block i."""
-    return range(block.span[0] + 1, block.span[1] + 1)
-
-
-def _covered(block: BlockPlan) -> range:
-    return range(block.span[0], block.span[1] + 1)
+def _given_up(block: BlockPlan) -> list[str]:
+    """What a block gives up of the teacher; boundary i lies before teacher block i."""
+    first, last = block.span
+    names = [f"keep_{i}" for i in range(first + 1, last + 1)]
+    if block.ffn != 1.0:
+        names += [f"wide_{i}" for i in range(first, last + 1)]
+    if block.text != "dual":
+        names += [f"dual_{i}" for i in range(first, last + 1)]
+    return names

@@ -62,7 +62,10 @@ class Sweep:
         """Every block that a student of this configuration may have."""
         library = self.config.library
         return candidates(
-            self.teacher_blocks, min(library.max_span, self.teacher_blocks), library.widths
+            self.teacher_blocks,
+            min(library.max_span, self.teacher_blocks),
+            library.widths,
+            library.texts,
         )
 
     @property
@@ -85,7 +88,7 @@ class Sweep:
             self.teacher.digest,
             self.encoded_digest,
             self.config.analyse.model_dump(mode="json", exclude={"replacements", "batch_size"}),
-            {"widths": library.widths, "max_span": library.max_span},
+            {"widths": library.widths, "texts": library.texts, "max_span": library.max_span},
             self.config.seed,
         )
 

@@ -77,4 +77,4 @@ class Observed(nn.Module):
         of blocks stands for the state after the last."""
         if edges is None:
             return self.family.forward(self.teacher, inputs)
-        return teacher_states(self.teacher, self.family, inputs, edges)[0]
+        return teacher_states(self.teacher, self.family, inputs, edges).states

@@ -184,7 +184,7 @@ def describe(student: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
                 "span": list(block.span),
                 "start": "teacher" if block.untouched else block.start,
                 "ffn": block.ffn,
-                "text": block.text,
+                "text": f"{block.text}, mapped" if block.text_map else block.text,
                 "parameters": family.block_parameters(config, block),
             }
             for i, block in enumerate(student.blocks)
@@ -216,7 +216,7 @@ def _print_plan(described: Mapping[str, Any]) -> None:
             str(row["block"]),
             str(first) if first == last else f"{first}–{last}",
             row["start"],
-            f"{row['ffn']:g}",
+            row["ffn"] if row["ffn"] == "linear" else f"{row['ffn']:g}",
             row["text"],
             f"{row['parameters']:,}",
         )

@@ -22,11 +22,14 @@ LONGEST_ROW = 32
 CELL, MARGIN = 46, 84
 """CSS pixels: width of a block in a short row, and of the room for the words at the left."""
 WIDEST = 940
+LINEAR = 0.08
+"""Height of a block with linear FFNs, as a part of the full one."""
 
 READING = (
     "Above are the teacher’s blocks in the order they run, below the student’s. A colour fans the "
     "blocks of one span into the block that replaces them; a grey block is the teacher’s own. The "
-    "height of a student block is the kept width of its FFNs, its dashed outline the full width."
+    "height of a student block is the kept width of its FFNs, its dashed outline the full width. P "
+    "marks projected text, S text and image in one shared stream."
 )
 """How to read the picture."""
 
@@ -52,13 +55,18 @@ def plan_png(plan: Plan) -> bytes:
 def in_words(plan: Plan) -> str:
     """The plan in one sentence without its full stop, for alt texts, captions and cards."""
     merged = [span(*block.span) for block in plan.blocks if block.length > 1]
-    cut = [f"{span(*b.span)} to {percent(round(b.ffn, 3))}" for b in plan.blocks if b.ffn < 1]
+    cut = [f"{span(*b.span)} to {_width(b, 3)}" for b in plan.blocks if b.ffn != 1.0]
+    texts = {
+        text: [span(*b.span) for b in plan.blocks if b.text == text]
+        for text in ("projected", "shared")
+    }
     own = sum(block.untouched for block in plan.blocks)
     parts = [f"{plan.teacher_blocks} teacher blocks become {len(plan.blocks)}"]
     if merged:
         parts.append("merged are " + ", ".join(merged))
     if cut:
         parts.append("FFNs are narrowed in " + ", ".join(cut))
+    parts += [f"text is {text} in {', '.join(found)}" for text, found in texts.items() if found]
     blocks = "block is" if own == 1 else "blocks are"
     parts.append(f"{own or 'no'} {blocks} the teacher’s own")
     return "; ".join(parts)
@@ -136,18 +144,28 @@ def _row(
         corners += [(high, top + STUDENT), (low, top + STUDENT)]
         ax.add_patch(Polygon(corners, facecolor=colour, alpha=0.35, linewidth=0))
         full = NAMES - STUDENT - 10
-        if block.ffn < 1:
+        if block.ffn != 1.0:
             _cell(ax, low, top + STUDENT, high - low, full, "none", edge=theme.muted)
             ax.text(
-                middle, top + STUDENT + full - 9, percent(round(block.ffn, 2)),
+                middle, top + STUDENT + full - 9, _width(block, 2),
                 ha="center", va="center", color=theme.muted,
                 fontsize=min(10.0, cell * 0.36) * POINTS,
             )  # fmt: skip
-        _cell(ax, low, top + STUDENT, high - low, full * block.ffn, colour)
+        bar = full * max(block.kept, LINEAR)
+        _cell(ax, low, top + STUDENT, high - low, bar, colour)
+        if block.text != "dual":
+            ax.text(
+                middle, top + STUDENT + bar / 2, block.text[0].upper(), ha="center", va="center",
+                color=theme.ink, fontsize=small,
+            )  # fmt: skip
         ax.text(
             middle, top + NAMES, span(first, last), ha="center", va="center",
             color=theme.ink, fontsize=small,
         )  # fmt: skip
+
+
+def _width(block: BlockPlan, digits: int) -> str:
+    return "linear" if block.ffn == "linear" else percent(round(block.ffn, digits))
 
 
 def _cell(

@@ -32,7 +32,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         {
             "trained": report.trained,
             "reused": report.reused,
-            "failed": [[list(b.span), b.ffn, why] for b, why in report.failed.items()],
+            "failed": [[str(block), why] for block, why in report.failed.items()],
             "replacements": [
                 [block.model_dump(mode="json"), prefix] for block, prefix in report.prefixes.items()
             ],

@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 from search.analyse import AnalyseConfig, Analysis, load_analysis, nominate, save_analysis
-from search.redundancy import analyse, solve_probe
+from search.redundancy import analyse
 from search.solver import Piece, smallest
 from search.space import candidates
 from storage.store import open_store
 from tests.trainers.small import load_transformer, small_latents
 from trainers.students.families import FAMILIES
+from trainers.students.fits import least_squares
 from trainers.students.plan import BlockPlan, uniform_plan
 
 FAMILY = FAMILIES["qwen_image"]
 CONFIG = AnalyseConfig(pictures=4, bands=2, tokens=64, batch_size=5)
-CANDIDATES = candidates(6, 3, (1.0, 0.5))
+CANDIDATES = candidates(6, 3, (1.0, 0.5, "linear"), ("dual", "projected", "shared"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_a_probe_is_the_least_squares_solution() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(200, 6, generator=generator), torch.randn(200, 6, generator=generator)
     expected = torch.linalg.lstsq(x, y).solution
-    torch.testing.assert_close(solve_probe(x.T @ x, x.T @ y), expected, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(least_squares(x.T @ x, x.T @ y), expected, atol=1e-3, rtol=1e-2)
 
 
 def test_measures_every_block_band_and_candidate(analysis: Analysis) -> None:
@@ -77,7 +78,7 @@ def test_a_block_that_does_nothing_is_unimportant_and_free_to_merge(
             torch.nn.init.zeros_(parameter)
     found = analyse(model, FAMILY, small_latents(), CANDIDATES, CONFIG, seed=0)
     assert found.importance[3].max() < 1e-9
-    pairs = {b.span: d for b, d in found.damages.items() if b.length == 2 and b.ffn == 1}
+    pairs = {b.span: d for b, d in found.damages.items() if b.length == 2 and b.depth_only}
     assert min(pairs, key=pairs.__getitem__) == (2, 3)
     assert pairs[2, 3] < 1e-9
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from storage.section import Section
+from trainers.students.plan import Ffn, Text
 
 
 class TrainingConfig(Section):
@@ -28,6 +29,10 @@ class TrainingConfig(Section):
     start: Literal["first", "middle", "average"] = "middle"
     """First weights, as in a plan; `middle`, as PPCL's code has it, ended best on the miniature."""
 
+    fit_batches: PositiveInt = 16
+    """Batches over which linear maps (projected text, linear FFNs) are fitted in closed form before
+    training."""
+
     magnitude: NonNegativeFloat = 1.0
     """Weight of the relative squared error beside PPCL's loss, which is blind to magnitude; 0
     leaves PPCL's loss alone."""
@@ -39,8 +44,11 @@ class TrainingConfig(Section):
 class LibraryConfig(TrainingConfig):
     """The library: which replacements may be offered, and how they are trained."""
 
-    widths: tuple[float, ...] = Field((1.0, 0.5), min_length=1)
-    """Kept fractions of the FFN that are offered for every span."""
+    widths: tuple[Ffn, ...] = Field((1.0, 0.5), min_length=1)
+    """Kept fractions of the FFN that are offered for every span, or `linear`."""
+
+    texts: tuple[Text, ...] = ("dual",)
+    """How replacements may treat text: `dual`, `projected`, `shared`, as in a plan."""
 
     max_span: PositiveInt = 4
     """Teacher blocks that one replacement may stand for at most."""

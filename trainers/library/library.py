@@ -51,7 +51,7 @@ class ReplacementMeta(Section):
 
 def library_block(block: BlockPlan) -> BlockPlan:
     """The block as the library names it: started from the library."""
-    return BlockPlan(span=block.span, ffn=block.ffn, text=block.text, start="library")
+    return block.model_copy(update={"start": "library"}) if not block.untouched else block
 
 
 def replacement_prefix(
@@ -125,8 +125,7 @@ class Library:
     def _prefix(self, block: BlockPlan) -> str:
         if block not in self._prefixes:
             raise LibraryError(
-                f"span [{block.span[0]}, {block.span[1]}] at FFN width {block.ffn:g} is not in the "
-                "library; name it there and run `espalier library`"
+                f"{block}: not in the library; name it there and run `espalier library`"
             )
         return self._prefixes[block]
 

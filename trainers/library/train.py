@@ -11,9 +11,10 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from trainers.data.latents import Latents, training_inputs
@@ -21,9 +22,10 @@ from trainers.library.config import TrainingConfig
 from trainers.losses import span_loss
 from trainers.optimizer import adamw, rate_at
 from trainers.progress import Progress, silent
-from trainers.students.families.base import Context, Family, Inputs, State
+from trainers.students.families.base import Context, Family, Inputs, MapPair, State
+from trainers.students.fits import fit_maps, map_tokens
 from trainers.students.plan import BlockPlan
-from trainers.students.surgery import make_block
+from trainers.students.surgery import Fits, make_block, source_block
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def train_replacements(
 ) -> dict[BlockPlan, Trained]:
     """Train a replacement for each of `blocks` against a frozen teacher, on the teacher's device.
 
-    One teacher pass a step serves all of them. Weights and moments are float32; under a teacher of
+    One teacher pass a step serves all of them. Linear maps (projected text, linear FFNs) start
+    from their closed-form fits, and are also held to what the teacher does there by their own
+    squared error (PPCL, width distillation). Weights and moments are float32; under a teacher of
     lower precision the passes run in its dtype. A replacement whose loss is not finite is dropped
     at that step and says so in its `failed`; the others go on.
     """
@@ -58,13 +62,15 @@ def train_replacements(
     example = next(teacher.parameters())
     teacher_config = dict(cast("Any", teacher).config)
     teacher_blocks = family.block_modules(teacher)
+    started = {block: block.model_copy(update={"start": config.start}) for block in blocks}
+    fits = _fits(teacher, family, list(started.values()), latents, config, seed)
     modules = {}
     for block in blocks:
-        started = block.model_copy(update={"start": config.start})
-        module = make_block(family, teacher_config, teacher_blocks, started)
+        module = make_block(family, teacher_config, teacher_blocks, started[block], fits=fits)
         modules[block] = module.float().requires_grad_(True).train()
     optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr)
     edges = {edge for block in blocks for edge in (block.span[0], block.span[1] + 1)}
+    mapped = {block: source_block(started[block]) for block in blocks if family.maps(block)}
     losses: dict[BlockPlan, list[float]] = {block: [] for block in blocks}
     failed: dict[BlockPlan, str] = {}
     active = list(blocks)
@@ -73,7 +79,9 @@ def train_replacements(
         inputs, _ = training_inputs(
             batch.to(example.device, example.dtype), seed, config.timestep_shift
         )
-        states, context = teacher_states(teacher, family, inputs, edges)
+        states, context, pairs = teacher_states(
+            teacher, family, inputs, edges, set(mapped.values())
+        )
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate_at(step, config.steps, config.warmup)
         measured = []
@@ -90,6 +98,9 @@ def train_replacements(
                 config.magnitude,
                 text=last + 1 < len(teacher_blocks),
             )
+            for name in family.maps(block):
+                read_TD, added_TD = map_tokens(pairs[mapped[block]][name], inputs.mask_BM)
+                loss = loss + F.mse_loss(modules[block].get_submodule(name)(read_TD), added_TD)
             loss.backward()
             measured.append(loss.detach())
         # Read once a step: every read makes an accelerator wait.
@@ -117,18 +128,57 @@ def train_replacements(
     }
 
 
+class TeacherPass(NamedTuple):
+    """What is read off one pass of the teacher."""
+
+    states: dict[int, State]
+    context: Context
+    pairs: dict[int, dict[str, MapPair]]
+
+
 @torch.no_grad()
 def teacher_states(
-    teacher: nn.Module, family: Family, inputs: Inputs, edges: Collection[int]
-) -> tuple[dict[int, State], Context]:
-    """The teacher's states before each block in `edges` (L is after the last), in one pass.
+    teacher: nn.Module,
+    family: Family,
+    inputs: Inputs,
+    edges: Collection[int],
+    mapped: Collection[int] = (),
+) -> TeacherPass:
+    """The teacher's states before each block in `edges` (L is after the last), in one pass, and
+    what linear maps should learn from each block in `mapped`.
 
     The pass ends at the highest edge.
     """
     state, context = family.begin(teacher, inputs)
     states = {0: state} if 0 in edges else {}
-    for after, block in enumerate(islice(family.block_modules(teacher), max(edges)), start=1):
-        state = family.run_block(block, state, context)
-        if after in edges:
-            states[after] = state
-    return states, context
+    pairs = {}
+    for i, block in enumerate(islice(family.block_modules(teacher), max(edges))):
+        if i in mapped:
+            state, pairs[i] = family.map_pairs(block, state, context)
+        else:
+            state = family.run_block(block, state, context)
+        if i + 1 in edges:
+            states[i + 1] = state
+    return TeacherPass(states, context, pairs)
+
+
+def _fits(
+    teacher: nn.Module,
+    family: Family,
+    blocks: Sequence[BlockPlan],
+    latents: Latents,
+    config: TrainingConfig,
+    seed: int,
+) -> Fits:
+    example = next(teacher.parameters())
+    wanted: dict[int, set[str]] = {}
+    for block in blocks:
+        first, last = block.span
+        average = block.start == "average"
+        for i in range(first, last + 1) if average else [source_block(block)]:
+            wanted.setdefault(i, set()).update(family.maps(block))
+    inputs = (
+        training_inputs(batch.to(example.device, example.dtype), seed, config.timestep_shift)[0]
+        for batch in islice(latents.batches(seed, config.batch_size), config.fit_batches)
+    )
+    return fit_maps(teacher, family, inputs, wanted)

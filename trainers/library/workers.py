@@ -104,7 +104,7 @@ def grouped(blocks: Sequence[BlockPlan], workers: int, largest: int) -> list[lis
     per_worker = math.ceil(len(blocks) / workers)
     rounds = math.ceil(per_worker / largest)
     count = min(len(blocks), workers * rounds)
-    ordered = sorted(blocks, key=lambda block: (block.span[1], block.span[0], block.ffn))
+    ordered = sorted(blocks, key=lambda b: (b.span[1], b.span[0], b.kept, b.text))
     edges = [i * len(ordered) // count for i in range(count + 1)]
     return [ordered[a:b] for a, b in itertools.pairwise(edges)]
 

@@ -27,6 +27,9 @@ from storage.errors import EspalierError
 from storage.section import Section
 
 Start = Literal["first", "middle", "average", "library"]
+Kept = Annotated[float, Field(gt=0, le=1)]
+Ffn = Kept | Literal["linear"]
+Text = Literal["dual", "projected", "shared"]
 
 
 class PlanError(EspalierError):
@@ -39,13 +42,21 @@ class BlockPlan(Section):
     span: tuple[int, int]
     """First and last teacher block that this block replaces, both included, counted from 0."""
 
-    ffn: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Fraction of the hidden channels of both feed-forward networks that is kept."""
+    ffn: Ffn = 1.0
+    """Fraction of the hidden channels of each feed-forward network that is kept, or `linear`: one
+    linear map of the state after attention in place of each (PPCL)."""
 
-    text: Literal["dual"] = "dual"
-    """How the block treats text; `dual` is a text stream of its own, as in the teacher."""
+    text: Text = "dual"
+    """How the block treats text. `dual`: a stream of its own, as in the teacher. `projected`: the
+    text state is held, and attention reads a residual linear map of what the last block with a
+    text branch fed its own attention (PPCL). `shared`: one set of weights for the joint sequence
+    of text and image, the image branch's (Amber-Image)."""
 
-    # After span and ffn, whose values the validator below reads.
+    text_map: bool = False
+    """Whether the held text state goes through one more residual linear map, at the end of a run
+    of projected blocks (PPCL)."""
+
+    # After the others, whose values the validator below reads.
     start: Start = "first"
     """First weights: those of the span's `first` block, of the `middle` one (at (u+v)//2), the
     plain `average` of all, or a replacement trained for the `library`."""
@@ -57,18 +68,46 @@ class BlockPlan(Section):
         # spelling, so that equal blocks are equal keys and equal plans have equal digests.
         first, last = info.data.get("span", (0, 1))
         alone = first == last
-        if alone and (start != "library" or info.data.get("ffn") == 1.0):
+        whole = info.data.get("ffn") == 1.0 and info.data.get("text") == "dual"
+        if alone and (start != "library" or whole):
             return "first"
         return start
+
+    @model_validator(mode="after")
+    def _only_held_text_is_mapped(self) -> Self:
+        if self.text_map and self.text != "projected":
+            raise PlanError(
+                f"span {list(self.span)}: text_map is for projected text; this block's is "
+                f"{self.text}"
+            )
+        return self
 
     @property
     def length(self) -> int:
         return self.span[1] - self.span[0] + 1
 
     @property
+    def kept(self) -> float:
+        """The fraction of its FFN's hidden channels; 0 for a linear one."""
+        return 0.0 if self.ffn == "linear" else self.ffn
+
+    @property
+    def depth_only(self) -> bool:
+        """Whether it has the shape of the teacher's blocks."""
+        return self.ffn == 1.0 and self.text == "dual"
+
+    @property
     def untouched(self) -> bool:
         """Whether this is the teacher's own block, kept as it is."""
-        return self.length == 1 and self.ffn == 1.0 and self.text == "dual"
+        return self.length == 1 and self.depth_only
+
+    def __str__(self) -> str:
+        said = f"span [{self.span[0]}, {self.span[1]}]"
+        if self.ffn != 1.0:
+            said += f", ffn {self.ffn if self.ffn == 'linear' else format(self.ffn, 'g')}"
+        if self.text != "dual":
+            said += f", text {self.text}" + (" and mapped" if self.text_map else "")
+        return said
 
 
 class Plan(Section):
@@ -107,7 +146,21 @@ class Plan(Section):
                 f"block {len(self.blocks) - 1}: span {previous} ends the plan before the "
                 f"teacher's last block, {last}; spans must follow one another from 0 to {last}"
             )
+        self._check_text()
         return self
+
+    def _check_text(self) -> None:
+        for i, block in enumerate(self.blocks):
+            follower = self.blocks[i + 1] if i + 1 < len(self.blocks) else None
+            if i == 0 and block.text == "projected":
+                raise PlanError(
+                    "block 0: its text cannot be projected, no block before it has a text branch"
+                )
+            if block.text_map and follower is not None and follower.text == "projected":
+                raise PlanError(
+                    f"block {i}: text_map stands at the end of a run of projected blocks, and "
+                    f"block {i + 1} is projected too"
+                )
 
     @property
     def digest(self) -> str:
@@ -117,7 +170,7 @@ class Plan(Section):
     @property
     def depth_only(self) -> bool:
         """Whether every block has the teacher's shape, so that the stock class can hold them."""
-        return all(block.ffn == 1.0 and block.text == "dual" for block in self.blocks)
+        return all(block.depth_only for block in self.blocks)
 
     def to_json(self) -> str:
         """JSON text, defaults left out, one block a line."""

@@ -16,6 +16,9 @@ from trainers.students.families import family_named
 from trainers.students.families.base import Config, Family
 from trainers.students.plan import BlockPlan, Plan
 
+Fits = Mapping[int, Mapping[str, Tensor]]
+"""Linear maps fitted to each teacher block, named as in a student block: trainers/students/fits."""
+
 Library = Callable[[BlockPlan], Mapping[str, Tensor]]
 """The trained weights of a replacement, named as in its block."""
 
@@ -31,6 +34,7 @@ def make_block(
     teacher_blocks: Sequence[nn.Module] | nn.ModuleList,
     block: BlockPlan,
     importance: Mapping[str, Tensor] | None = None,
+    fits: Fits | None = None,
 ) -> nn.Module:
     """One student block from the span's weights; `start` says how, and never `library` here.
 
@@ -38,6 +42,8 @@ def make_block(
     (Amber's local averaging), taken in float32. Below full width the hidden channels of highest
     importance stay, each with its bias and both its weights; `importance` gives it for each FFN by
     name, [hidden] each, else the product of the norms of a channel's in- and outgoing weights.
+    Linear maps that no teacher block has start from `fits` (PPCL's closed form), of the block that
+    the other weights come from, or averaged as they are; without fits they start at zero.
     """
     first, last = block.span
     if last >= len(teacher_blocks) or not 0 <= first <= last:
@@ -45,36 +51,43 @@ def make_block(
             f"span [{first}, {last}] is not within the teacher's blocks 0 to "
             f"{len(teacher_blocks) - 1}"
         )
-    span = [teacher_blocks[i] for i in range(first, last + 1)]
-    match block.start:
-        case "first":
-            source = span[0].state_dict()
-        case "middle":
-            source = span[(len(span) - 1) // 2].state_dict()
-        case "average":
-            source = _average([module.state_dict() for module in span])
-        case "library":
-            raise SurgeryError(
-                f"block [{first}, {last}] starts from the library; pass a library to assemble, or "
-                "give the start that its training began with"
-            )
-    if block.ffn < 1.0:
+    if block.start == "library":
+        raise SurgeryError(
+            f"block of {block}: it starts from the library; pass a library to assemble, or give "
+            "the start that its training began with"
+        )
+    sources = list(range(first, last + 1)) if block.start == "average" else [source_block(block)]
+    source = _average([teacher_blocks[i].state_dict() for i in sources])
+    if block.ffn != "linear" and block.ffn < 1.0:
         # The full-width block first: an average has channels that no teacher block has.
-        whole = family.build_block(config, block.model_copy(update={"ffn": 1.0}), "meta")
+        whole = family.build_block(config, BlockPlan(span=block.span), "meta")
         whole.load_state_dict(source, assign=True)
         width = family.ffn_width(config, block.ffn)
         for name, ffn in family.ffns(whole).items():
             weight = importance[name] if importance else family.ffn_importance(ffn)
             source = source | family.ffn_tensors(name, ffn, _highest(weight, width))
-    return _filled(family.build_block(config, block, "meta"), _copies(source))
+    source = family.block_tensors(block, source)
+    built = family.build_block(config, block, "meta")
+    if family.maps(block):
+        source |= _fitted(family.maps(block), built, source, [(fits or {}).get(i) for i in sources])
+    return _filled(built, _copies(source))
+
+
+def source_block(block: BlockPlan) -> int:
+    """The teacher block that a student block's weights start from, or the middle one of several."""
+    first, last = block.span
+    return first if block.start == "first" else (first + last) // 2
 
 
 @torch.no_grad()
-def assemble(teacher: nn.Module, plan: Plan, library: Library | None = None) -> nn.Module:
+def assemble(
+    teacher: nn.Module, plan: Plan, library: Library | None = None, fits: Fits | None = None
+) -> nn.Module:
     """The student of a plan, with its own copies of all weights.
 
     Blocks that start from the library take their weights from `library(block)`; SurgeryError
-    names the block when they are missing or of another shape. The outside of the blocks is the
+    names the block when they are missing or of another shape; the linear maps of others start from
+    `fits`. The outside of the blocks is the
     teacher's.
     """
     family = family_named(plan.family)
@@ -92,7 +105,7 @@ def assemble(teacher: nn.Module, plan: Plan, library: Library | None = None) -> 
         if block.start == "library":
             made = _from_library(family, config, teacher_blocks[0], block, library)
         else:
-            made = make_block(family, config, teacher_blocks, block).state_dict()
+            made = make_block(family, config, teacher_blocks, block, fits=fits).state_dict()
         tensors |= {f"{prefix}{i}.{name}": tensor for name, tensor in made.items()}
     return _filled(family.build(config, plan, "meta"), tensors)
 
@@ -104,7 +117,7 @@ def _from_library(
     block: BlockPlan,
     library: Library | None,
 ) -> dict[str, Tensor]:
-    name = f"block [{block.span[0]}, {block.span[1]}] (ffn {block.ffn:g})"
+    name = f"block of {block}"
     if library is None:
         raise SurgeryError(f"{name} starts from the library, and no library was given")
     weights = library(block)
@@ -135,7 +148,26 @@ def _filled(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
+def _fitted(
+    maps: Sequence[str],
+    built: nn.Module,
+    like: Mapping[str, Tensor],
+    fits: Sequence[Mapping[str, Tensor] | None],
+) -> dict[str, Tensor]:
+    """The weights of the maps of a block, which is on the meta device; zeros without fits."""
+    example = next(iter(like.values()))
+    names = [f"{name}.{kind}" for name in maps for kind in ("weight", "bias")]
+    known = [fit for fit in fits if fit is not None]
+    if len(known) == len(fits):
+        found = _average([{name: fit[name] for name in names} for fit in known])
+        return {name: tensor.to(example) for name, tensor in found.items()}
+    wanted = built.state_dict()
+    return {name: torch.zeros(wanted[name].shape).to(example) for name in names}
+
+
 def _average(span: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    if len(span) == 1:
+        return dict(span[0])
     averaged = {}
     for name, tensor in span[0].items():
         total = tensor.float()

@@ -15,12 +15,14 @@ from trainers.students.plan import BlockPlan
 
 FAMILY = FAMILIES["qwen_image"]
 STEPS = 4
-CONFIG = TrainingConfig(steps=STEPS, batch_size=4, warmup=1)
+CONFIG = TrainingConfig(fit_batches=2, steps=STEPS, batch_size=4, warmup=1)
 BLOCKS = [
     BlockPlan(span=(0, 1), start="library"),
     BlockPlan(span=(1, 3), start="library", ffn=0.5),
     BlockPlan(span=(4, 4), start="library", ffn=0.25),
     BlockPlan(span=(4, 5), start="library"),
+    BlockPlan(span=(1, 2), start="library", text="projected"),
+    BlockPlan(span=(3, 3), start="library", ffn="linear"),
 ]
 
 
@@ -60,7 +62,8 @@ def test_the_teacher_runs_once_a_step_and_not_beyond_the_last_span(teacher: nn.M
     ]
     try:
         train(teacher, BLOCKS)
-        assert calls == dict.fromkeys(range(6), STEPS)
+        # Two more to fit linear maps, the last of which is block 3's.
+        assert calls == {i: STEPS + (2 if i <= 3 else 0) for i in range(6)}
         calls |= dict.fromkeys(range(6), 0)
         train(teacher, BLOCKS[:2])
         assert calls == {0: STEPS, 1: STEPS, 2: STEPS, 3: STEPS, 4: 0, 5: 0}
@@ -85,8 +88,8 @@ def test_one_nan_replacement_does_not_stop_the_others(
     whole = train(teacher, BLOCKS[:3])
     make_block = training.make_block
 
-    def poisoned(family, config, blocks, block, importance=None):
-        made = make_block(family, config, blocks, block, importance)
+    def poisoned(family, config, blocks, block, fits):
+        made = make_block(family, config, blocks, block, fits=fits)
         if block.span == BLOCKS[1].span:
             with torch.no_grad():
                 made.img_mlp.net[2].bias[0] = torch.nan

@@ -100,7 +100,7 @@ def test_replacements_are_trained_once_stored_and_assembled(
         blocks=tuple(library_block(block) for block in BLOCKS[:3]),
     )
     assemble(model, plan, library)
-    with pytest.raises(LibraryError, match=r"span \[1, 2\] at FFN width 1 is not in the library"):
+    with pytest.raises(LibraryError, match=r"span \[1, 2\]: not in the library"):
         library(BlockPlan(span=(1, 2)))
 
 

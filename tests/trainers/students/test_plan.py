@@ -33,7 +33,10 @@ def plans(draw: st.DrawFn, teacher_blocks: int = 6) -> Plan:
         BlockPlan(
             span=(u, v - 1),
             start=draw(st.sampled_from(["first", "middle", "average", "library"])),
-            ffn=draw(st.sampled_from([1.0, 0.75, 0.5, 0.3, 0.01])),
+            ffn=draw(st.sampled_from([1.0, 0.75, 0.5, 0.3, 0.01, "linear"])),
+            text=draw(
+                st.sampled_from(["dual", "projected", "shared"] if u else ["dual", "shared"])
+            ),
         )
         for u, v in itertools.pairwise(edges)
     )

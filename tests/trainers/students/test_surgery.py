@@ -152,9 +152,9 @@ def test_library_weights_go_where_the_plan_says(teacher, teacher_blocks):
 def test_library_weights_of_another_shape_are_refused_with_the_block(teacher, teacher_blocks):
     block = BlockPlan(span=(0, 5), start="library", ffn=0.5)
     plan = Plan(family="qwen_image", teacher_blocks=6, blocks=(block,))
-    with pytest.raises(SurgeryError, match=r"block \[0, 5\] \(ffn 0.5\).*mlp.*\[32"):
+    with pytest.raises(SurgeryError, match=r"span \[0, 5\], ffn 0.5: .*mlp.*\[32"):
         assemble(teacher, plan, lambda _: teacher_blocks[0].state_dict())
-    with pytest.raises(SurgeryError, match=r"block \[0, 5\].*no library"):
+    with pytest.raises(SurgeryError, match=r"span \[0, 5\].*no library"):
         assemble(teacher, plan)
 
 
@@ -181,7 +181,7 @@ def test_a_width_cut_student_survives_save_and_load(teacher, tmp_path):
     student.save_pretrained(tmp_path)
     loaded = PrunedQwenImageTransformer2DModel.from_pretrained(tmp_path)
     inputs = random_inputs()
-    assert loaded.config.ffn_widths == [32, 64]
+    assert [shape["ffn"] for shape in loaded.config.block_shapes] == [32, 64]
     assert torch.equal(family.forward(loaded, inputs), family.forward(student, inputs))
 
 

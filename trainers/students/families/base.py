@@ -32,6 +32,18 @@ class State(NamedTuple):
 
     text_BMD: Tensor
     image_BND: Tensor
+    modulated_BMD: Tensor | None = None
+    """What the last block with a text branch fed its attention of the text; None before the first.
+    Blocks with projected text read it."""
+
+
+class MapPair(NamedTuple):
+    """What a linear map reads and what it should add, [B, tokens, D] each."""
+
+    read: Tensor
+    added: Tensor
+    text: bool
+    """Whether the tokens are the text's, of which some may be padding."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,21 @@ class Family(Protocol):
 
     def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
         """The model's own forward pass: velocity_BNC."""
+
+    def block_tensors(self, block: BlockPlan, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A teacher block's weights without what the student block does not have.
+
+        `whole` may have narrowed FFNs already; the block's `maps` come on top.
+        """
+
+    def maps(self, block: BlockPlan) -> tuple[str, ...]:
+        """Names, in the student block, of the linear maps that no teacher block has; each is an
+        `nn.Linear` of the model's width, whose output is added to its input."""
+
+    def map_pairs(
+        self, block: nn.Module, state: State, context: Context
+    ) -> tuple[State, dict[str, MapPair]]:
+        """Runs a teacher block; with the state after it, what each map should learn from it."""
 
     def ffns(self, block: nn.Module) -> dict[str, nn.Module]:
         """The feed-forward networks whose width may be cut, by name ("image", "text")."""

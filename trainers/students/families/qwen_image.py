@@ -5,17 +5,27 @@ Shapes: B batch, N image tokens, M text tokens, D width, C latent channels of a 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
-from trainers.students.families.base import Config, Context, FamilyError, Inputs, State
-from trainers.students.plan import BlockPlan, Plan
+from trainers.students.families.base import (
+    Config,
+    Context,
+    FamilyError,
+    Inputs,
+    MapPair,
+    State,
+)
+from trainers.students.plan import BlockPlan, Plan, Text
 
 if TYPE_CHECKING:
     import torch
     from diffusers import QwenImageTransformer2DModel
     from diffusers.models.attention import FeedForward
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
     from torch import Tensor, nn
 
 FFN_MULTIPLE = 4
@@ -55,6 +65,20 @@ class _Sizes:
         return self.heads * self.head_dim
 
 
+class BlockShape(NamedTuple):
+    """What a student block is made of, apart from the width."""
+
+    ffn: int | None
+    """Hidden channels of each FFN; None for a linear map in its place."""
+    text: Text
+    text_map: bool
+
+    @property
+    def stock(self) -> bool:
+        """Whether the stock class holds it, with other FFNs at most."""
+        return self.ffn is not None and self.text == "dual"
+
+
 class _Context(NamedTuple):
     time_BD: Tensor
     rope: tuple[Tensor, Tensor]
@@ -89,14 +113,26 @@ class QwenImageFamily:
 
     def block_parameters(self, config: Config, block: BlockPlan) -> int:
         sizes = _Sizes.of(config)
-        d, hidden = sizes.width, self.ffn_width(config, block.ffn)
-        attention = 8 * _linear(d, d) + 4 * sizes.head_dim
-        modulation = 2 * _linear(d, 6 * d)
-        ffns = 2 * (_linear(d, hidden) + _linear(hidden, d))
-        return attention + modulation + ffns
+        d, shape = sizes.width, self._shape(config, block)
+        attention = 4 * _linear(d, d) + 2 * sizes.head_dim
+        if shape.ffn is None:
+            branch = _linear(d, 3 * d) + _linear(d, d)
+        else:
+            branch = _linear(d, 6 * d) + _linear(d, shape.ffn) + _linear(shape.ffn, d)
+        match shape.text:
+            case "dual":
+                return 2 * (attention + branch)
+            case "projected":  # the text's attention layers stay, its output's unread (as PPCL's)
+                return 2 * attention + branch + (1 + shape.text_map) * _linear(d, d)
+            case "shared":
+                return attention + branch
 
     def ffn_width(self, config: Config, fraction: float) -> int:
         return max(1, round(fraction * FFN_MULTIPLE * _Sizes.of(config).width))
+
+    def _shape(self, config: Config, block: BlockPlan) -> BlockShape:
+        ffn = None if block.ffn == "linear" else self.ffn_width(config, block.ffn)
+        return BlockShape(ffn, block.text, block.text_map)
 
     def student_config(self, config: Config, plan: Plan) -> dict[str, Any]:
         from diffusers import QwenImageTransformer2DModel
@@ -105,7 +141,7 @@ class QwenImageFamily:
         own = {key: value for key, value in config.items() if key in known}
         own |= {"_class_name": self.student_class(plan)[1], "num_layers": len(plan.blocks)}
         if not plan.depth_only:
-            own["ffn_widths"] = [self.ffn_width(config, block.ffn) for block in plan.blocks]
+            own["block_shapes"] = [self._shape(config, b)._asdict() for b in plan.blocks]
         return own
 
     def student_class(self, plan: Plan) -> tuple[str, str]:
@@ -143,19 +179,52 @@ class QwenImageFamily:
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
         from accelerate import init_empty_weights
-        from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
-        from trainers.students.families.pruned_qwen_image import set_ffn_width
+        from trainers.students.families.pruned_qwen_image import make_block
 
-        sizes = _Sizes.of(config)
+        sizes, shape = _Sizes.of(config), self._shape(config, block)
         with init_empty_weights():
-            built = QwenImageTransformerBlock(
-                dim=sizes.width,
-                num_attention_heads=sizes.heads,
-                attention_head_dim=sizes.head_dim,
-            )
-            set_ffn_width(built, self.ffn_width(config, block.ffn))
+            built = make_block(sizes.width, sizes.heads, sizes.head_dim, shape)
         return _materialise(built, device, dtype)
+
+    def block_tensors(self, block: BlockPlan, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = dict(whole)
+        if block.ffn == "linear":
+            tensors = {k: t for k, t in tensors.items() if "_mlp." not in k}
+            for stream in ("img", "txt"):  # what is left of the modulation is attention's half
+                for kind in ("weight", "bias"):
+                    name = f"{stream}_mod.1.{kind}"
+                    tensors[name] = tensors[name].chunk(2)[0]
+        if block.text != "dual":
+            tensors = {k: t for k, t in tensors.items() if not k.startswith(("txt_mod", "txt_mlp"))}
+        if block.text == "shared":
+            tensors = {k: t for k, t in tensors.items() if ".add_" not in k and "_add" not in k}
+        return tensors
+
+    def maps(self, block: BlockPlan) -> tuple[str, ...]:
+        ffns = ("img_mlp", *(["txt_mlp"] if block.text == "dual" else []))
+        return (
+            *(ffns if block.ffn == "linear" else ()),
+            *(["txt_proj"] if block.text == "projected" else []),
+            *(["txt_map"] if block.text_map else []),
+        )
+
+    def map_pairs(
+        self, block: nn.Module, state: State, context: Context
+    ) -> tuple[State, dict[str, MapPair]]:
+        stock = cast("QwenImageTransformerBlock", block)
+        with _read_by(stock.img_norm2) as image, _read_by(stock.txt_norm2) as text:
+            after = self.run_block(block, state, context)
+        image_BND, text_BMD = image[0], text[0]
+        pairs = {
+            "img_mlp": MapPair(image_BND, after.image_BND - image_BND, text=False),
+            "txt_mlp": MapPair(text_BMD, after.text_BMD - text_BMD, text=True),
+            "txt_map": MapPair(state.text_BMD, after.text_BMD - state.text_BMD, text=True),
+        }
+        if state.modulated_BMD is not None and after.modulated_BMD is not None:
+            change_BMD = after.modulated_BMD - state.modulated_BMD
+            pairs["txt_proj"] = MapPair(state.modulated_BMD, change_BMD, text=True)
+        return after, pairs
 
     def block_modules(self, model: nn.Module) -> nn.ModuleList:
         return cast("QwenImageTransformer2DModel", model).transformer_blocks
@@ -179,14 +248,20 @@ class QwenImageFamily:
         return State(text_BMD, image_BND), _Context(time_BD, rope, mask_BM)
 
     def run_block(self, block: nn.Module, state: State, context: Context) -> State:
-        text_BMD, image_BND = block(
-            hidden_states=state.image_BND,
-            encoder_hidden_states=state.text_BMD,
-            encoder_hidden_states_mask=context.mask_BM,
-            temb=context.time_BD,
-            image_rotary_emb=context.rope,
-        )
-        return State(text_BMD, image_BND)
+        from trainers.students.families.pruned_qwen_image import PrunedQwenImageBlock
+
+        if isinstance(block, PrunedQwenImageBlock):
+            return State(*block(*state, context.mask_BM, context.time_BD, context.rope))
+        attn = cast("QwenImageTransformerBlock", block).attn
+        with _read_by(attn, "encoder_hidden_states") as modulated:
+            text_BMD, image_BND = block(
+                hidden_states=state.image_BND,
+                encoder_hidden_states=state.text_BMD,
+                encoder_hidden_states_mask=context.mask_BM,
+                temb=context.time_BD,
+                image_rotary_emb=context.rope,
+            )
+        return State(text_BMD, image_BND, modulated[0])
 
     def end(self, model: nn.Module, state: State, context: Context) -> Tensor:
         transformer = cast("QwenImageTransformer2DModel", model)
@@ -220,6 +295,24 @@ class QwenImageFamily:
             f"{prefix}.2.weight": write.weight[:, kept],
             f"{prefix}.2.bias": write.bias,
         }
+
+
+@contextlib.contextmanager
+def _read_by(module: nn.Module, keyword: str | None = None) -> Iterator[list[Tensor]]:
+    """Collects what a module is called with: its first argument, or a keyword's.
+
+    A hook, because a sharded block has its weights only inside its own `forward`.
+    """
+    read: list[Tensor] = []
+
+    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        read.append(keywords[keyword] if keyword else arguments[0])
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield read
+    finally:
+        handle.remove()
 
 
 _FFNS = {"image": "img_mlp", "text": "txt_mlp"}

@@ -1,0 +1,108 @@
+"""Fits the linear maps of a student to its teacher in closed form, from sums over calibration data.
+
+A map learns what a teacher block adds (PPCL's text projections, end-of-run maps and linear FFNs).
+Least squares needs only XᵀX and XᵀY, so no state outlives its batch.
+Shapes: T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainers.students.families.base import Family, Inputs, MapPair
+from trainers.students.surgery import Fits
+
+RIDGE = 1e-4
+"""Added to a Gram matrix, relative to its mean diagonal: calibration tokens are few."""
+
+
+@torch.no_grad()
+def fit_maps(
+    teacher: nn.Module,
+    family: Family,
+    batches: Iterable[Inputs],
+    wanted: Mapping[int, Collection[str]],
+) -> Fits:
+    """The maps `wanted` of each teacher block, fitted in one pass of the teacher over `batches`.
+
+    A name that a block cannot have (a projection of the first block's text) is left out.
+    """
+    wanted = {i: names for i, names in wanted.items() if names}
+    sums: dict[tuple[int, str], _Sums] = {}
+    for inputs in batches if wanted else ():
+        state, context = family.begin(teacher, inputs)
+        for i, block in enumerate(family.block_modules(teacher)):
+            if i > max(wanted):
+                break
+            if i not in wanted:
+                state = family.run_block(block, state, context)
+                continue
+            state, pairs = family.map_pairs(block, state, context)
+            for name in sorted(set(wanted[i]) & set(pairs)):
+                found = _Sums.of(*map_tokens(pairs[name], inputs.mask_BM))
+                sums[i, name] = sums[i, name] + found if (i, name) in sums else found
+    fits: dict[int, dict[str, Tensor]] = {i: {} for i in wanted}
+    for (i, name), total in sums.items():
+        weight_DD, bias_D = total.solved()
+        fits[i] |= {f"{name}.weight": weight_DD, f"{name}.bias": bias_D}
+    return fits
+
+
+def least_squares(gram_DD: Tensor, cross_DE: Tensor) -> Tensor:
+    """The matrix W [D, E] of least squared ‖X W − Y‖, from XᵀX and XᵀY; slightly ridged.
+
+    Returned in float32. A residual probe has Y = block(X) − X.
+    """
+    gram = gram_DD.double()
+    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram, cross_DE.double()).float()
+
+
+def map_tokens(pair: MapPair, mask_BM: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a map reads and should add, [T, D] float32 each, without padding."""
+    if pair.text and mask_BM is not None:
+        return pair.read[mask_BM].float(), pair.added[mask_BM].float()
+    return pair.read.flatten(0, 1).float(), pair.added.flatten(0, 1).float()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Over tokens: of both sides, and of their products."""
+
+    count: int
+    read_D: Tensor
+    added_D: Tensor
+    gram_DD: Tensor
+    cross_DD: Tensor
+
+    @classmethod
+    def of(cls, read_TD: Tensor, added_TD: Tensor) -> _Sums:
+        return cls(
+            len(read_TD),
+            read_TD.sum(0),
+            added_TD.sum(0),
+            read_TD.T @ read_TD,
+            read_TD.T @ added_TD,
+        )
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.count + other.count,
+            self.read_D + other.read_D,
+            self.added_D + other.added_D,
+            self.gram_DD + other.gram_DD,
+            self.cross_DD + other.cross_DD,
+        )
+
+    def solved(self) -> tuple[Tensor, Tensor]:
+        """Weight [D, D] as `nn.Linear` has it, and bias [D]."""
+        mean_read_D, mean_added_D = self.read_D / self.count, self.added_D / self.count
+        gram_DD = self.gram_DD - self.count * mean_read_D.outer(mean_read_D)
+        cross_DD = self.cross_DD - self.count * mean_read_D.outer(mean_added_D)
+        weight_DD = least_squares(gram_DD, cross_DD).T.contiguous()
+        return weight_DD, mean_added_D - weight_DD @ mean_read_D
