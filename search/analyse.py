@@ -21,7 +21,7 @@ from storage.section import Section
 from storage.store import Store
 from trainers.students.families import family_named
 from trainers.students.families.base import Config
-from trainers.students.plan import BlockPlan
+from trainers.students.plan import BlockPlan, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,8 @@ class AnalyseConfig(Section):
     """Pictures in one pass of the teacher."""
 
     replacements: PositiveInt = 48
-    """Replacements nominated for the library at most; those of the uniform plans, which every
-    search starts from, come first and count."""
+    """Replacements nominated for the library at most; those of the plans that a search starts from
+    (search.rules) come first and count."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Analysis:
     """Ranges of timesteps, noisiest first."""
     importance: Tensor
     """[L, bands]: mean squared change of the velocity when the block's residual is left out."""
+    influence: Tensor
+    """[L]: 1 − the mean cosine of tokens before and after the block (ShortGPT's Block Influence),
+    mean of the two streams."""
     image_cka: Tensor
     """[L, L]: CKA of the image stream's states after each pair of blocks."""
     text_cka: Tensor
@@ -115,13 +118,14 @@ def nominate(
     config: Config,
     limits: Sequence[int],
     most: int,
+    plans: Sequence[Plan] = (),
 ) -> list[BlockPlan]:
     """The replacements that a library should hold for students of at most `limits` parameters.
 
-    First what the uniform and the best plan of each budget need, however many that are, so that
-    each budget can be met; then, up to `most`, those whose best plan comes closest to the best of
-    all: a replacement's regret is the damage that a plan at least takes on by using it, relative
-    to the best plan under the same budget, and its lowest over the budgets counts.
+    First what `plans` and the best plan of each budget need, however many that
+    are, so that each budget can be met; then, up to `most`, those whose best plan comes closest to
+    the best of all: a replacement's regret is the damage that a plan at least takes on by using it,
+    relative to the best plan under the same budget, and its lowest over the budgets counts.
     """
     known = family_named(family)
     space = Space(
@@ -130,11 +134,10 @@ def nominate(
         known.outside_parameters(config),
         {b: Piece(d, known.block_parameters(config, b)) for b, d in damages.items()},
     )
-    chosen: dict[BlockPlan, None] = {}
+    chosen = dict.fromkeys(b for plan in plans for b in plan.blocks if not b.untouched)
     regrets: dict[BlockPlan, float] = {}
     for limit in limits:
-        uniform = space.uniform(limit)
-        for plan in [*([uniform] if uniform else []), *space.exact(limit)]:
+        for plan in space.exact(limit):
             chosen |= dict.fromkeys(block for block in plan.blocks if not block.untouched)
         through = damages_through(space.pieces, space.teacher_blocks, space.outside, limit)
         best = min(through.values())
@@ -149,4 +152,4 @@ def nominate(
     return list(chosen)
 
 
-_TENSORS = ("importance", "image_cka", "text_cka", "image_chain", "text_chain")
+_TENSORS = ("importance", "influence", "image_cka", "text_cka", "image_chain", "text_chain")

@@ -15,6 +15,7 @@ from storage.section import Section
 from storage.store import StoreOptions
 from trainers.data.sources import DataConfig
 from trainers.library.config import LibraryConfig
+from trainers.students.plan import Plan
 
 
 class SweepConfig(Section):
@@ -34,6 +35,10 @@ class SweepConfig(Section):
 
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)]
     """Wanted sizes: parameters (`10B`, `600M`) or a part of the teacher (`0.5`, `50%`)."""
+
+    plan: Plan | None = None
+    """The student itself, instead of a search for one: only its replacements are trained, and it is
+    the only finalist. Needs one budget, which it must fit."""
 
     accelerator: Literal["cpu", "gpu"] = "cpu"
     """What models run on. `gpu` gives every worker one, or a share when there are fewer."""
@@ -68,6 +73,12 @@ class SweepConfig(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"budgets: {label} is asked for twice; remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _a_plan_has_one_size(self) -> Self:
+        if self.plan is not None and len(self.budgets) > 1:
+            raise ValueError("budgets: a given plan has one size; give one budget, or no plan")
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,8 @@ from typing import Literal
 from search.space import Space
 from trainers.students.plan import Plan
 
-Origin = Literal["exact", "uniform", "tpe"]
+Origin = Literal["exact", "uniform", "ppcl", "amber", "influence", "given", "tpe"]
+"""Who proposed a plan: the exact solver, a rule (search/rules.py), the user, or Optuna."""
 
 _STEPS_AWAY = 16
 """Points tried, ever farther from the one that Optuna drew, while they only give plans that were
@@ -31,6 +32,10 @@ class Target:
     label: str
     limit: int
     """Parameters."""
+
+
+Start = tuple[str, Origin, Plan]
+"""A plan to score early, with the label of its budget and who proposed it."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,10 @@ class Proposals:
         exact: int,
         lag: int,
         seed: int,
+        plans: Sequence[Start] = (),
     ) -> None:
-        """`exact`: how many of the solver's best plans a budget starts with."""
+        """`exact`: how many of the solver's best plans a budget starts with, beside those of
+        `plans` that the space holds and the budget allows."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -74,7 +81,7 @@ class Proposals:
             target.label: optuna.create_study(directions=["minimize", "minimize"])
             for target in targets
         }
-        self._starts = self._starting_points(exact)
+        self._starts = self._starting_points(exact, plans)
         self._asked: list[Proposal] = []
         self._seen: set[str] = set()
         self._results: dict[int, float] = {}
@@ -109,18 +116,23 @@ class Proposals:
         """The result of a proposal; None or NaN when it failed."""
         self._results[number] = math.nan if fidelity_loss is None else fidelity_loss
 
-    def _starting_points(self, exact: int) -> list[tuple[str, Origin, Plan]]:
-        """The best few exact plans and the uniform one of each budget, budgets in turn."""
-        columns: list[list[tuple[str, Origin, Plan]]] = []
+    def _starting_points(self, exact: int, plans: Sequence[Start]) -> list[Start]:
+        """The best few exact plans and the given ones of each budget, budgets in turn."""
+        columns: list[list[Start]] = []
         for target in self._targets:
-            uniform = self._space.uniform(target.limit)
-            column: list[tuple[str, Origin, Plan]] = [
-                (target.label, "exact", plan) for plan in self._space.exact(target.limit, exact)
+            best: list[Start] = [
+                (target.label, "exact", plan)
+                for plan in (self._space.exact(target.limit, exact) if exact else ())
             ]
-            if uniform:
-                column.insert(1, (target.label, "uniform", uniform))
-            columns.append(column)
-        starts: list[tuple[str, Origin, Plan]] = []
+            others = [
+                start
+                for start in plans
+                if start[0] == target.label
+                and self._space.holds(start[2])
+                and self._space.parameters(start[2]) <= target.limit
+            ]
+            columns.append([*best[:1], *others, *best[1:]])
+        starts: list[Start] = []
         for row in range(max(map(len, columns))):
             starts += [column[row] for column in columns if row < len(column)]
         unique = {plan.digest: (budget, origin, plan) for budget, origin, plan in reversed(starts)}

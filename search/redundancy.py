@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search.analyse import AnalyseConfig, Analysis
@@ -75,6 +76,7 @@ def analyse(
     return Analysis(
         bands=_band_names(config.bands),
         importance=effects.importance(),
+        influence=(streams["image"].influence() + streams["text"].influence()) / 2,
         image_cka=maps["image"],
         text_cka=maps["text"],
         image_chain=chains["image"],
@@ -112,6 +114,12 @@ class _Stream:
         self._grams.clear()
         self._crosses.clear()
         return solved
+
+    def influence(self) -> Tensor:
+        """[L]: 1 − the mean cosine of the sampled tokens before and after each block."""
+        states = self.samples()
+        cosines = [F.cosine_similarity(a, b, dim=-1) for a, b in itertools.pairwise(states)]
+        return torch.stack([1 - cosine_T.mean() for cosine_T in cosines])
 
     def samples(self) -> list[Tensor]:
         """The states [T, D] at the sampled tokens, before the first block and after each."""

@@ -19,7 +19,7 @@ from typing import Protocol
 from search.solver import Partition, Piece, Pieces, best_partitions, smallest
 from trainers.students.families import family_named
 from trainers.students.families.base import Config
-from trainers.students.plan import BlockPlan, Ffn, Plan, PlanError, Text, uniform_plan
+from trainers.students.plan import BlockPlan, Ffn, Plan, PlanError, Text
 
 Holds = Mapping[str, float]
 
@@ -91,6 +91,10 @@ class Space:
         given_up = {name for block in plan.blocks for name in _given_up(block)}
         return {name: 0.0 if name in given_up else 1.0 for name in self.names}
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether every block of a plan is at hand."""
+        return all(block in self.pieces for block in plan.blocks)
+
     def parameters(self, plan: Plan) -> int:
         """Parameters of a plan over these pieces."""
         return self.outside + sum(self.pieces[block].parameters for block in plan.blocks)
@@ -103,15 +107,6 @@ class Space:
         """The plans of least summed damage within the limit, best first."""
         found = best_partitions(self.pieces, self.teacher_blocks, self.outside, limit, count)
         return [self.plan(partition) for partition in found]
-
-    def uniform(self, limit: int) -> Plan | None:
-        """The uniform plan of most blocks that fits and whose spans are all at hand, or None."""
-        for blocks in range(self.teacher_blocks, 0, -1):
-            plan = uniform_plan(self.family, self.teacher_blocks, blocks, start="library")
-            at_hand = all(block in self.pieces for block in plan.blocks)
-            if at_hand and self.parameters(plan) <= limit:
-                return plan
-        return None
 
     def plan(self, partition: Partition) -> Plan:
         return Plan(family=self.family, teacher_blocks=self.teacher_blocks, blocks=partition.blocks)

@@ -24,7 +24,7 @@ from storage.section import Section
 from storage.store import Store, open_store
 from trainers.data.encode import encoding_digest
 from trainers.students.counts import plan_parameters
-from trainers.students.plan import BlockPlan, identity_plan
+from trainers.students.plan import BlockPlan, Plan, identity_plan
 from trainers.teacher import Teacher, open_teacher
 
 CONFIG = "config.json"
@@ -60,6 +60,8 @@ class Sweep:
     @cached_property
     def candidates(self) -> list[BlockPlan]:
         """Every block that a student of this configuration may have."""
+        if self.config.plan is not None:
+            return list(self.config.plan.blocks)
         library = self.config.library
         return candidates(
             self.teacher_blocks,
@@ -89,6 +91,7 @@ class Sweep:
             self.encoded_digest,
             self.config.analyse.model_dump(mode="json", exclude={"replacements", "batch_size"}),
             {"widths": library.widths, "texts": library.texts, "max_span": library.max_span},
+            self.config.plan,
             self.config.seed,
         )
 
@@ -102,6 +105,7 @@ class Sweep:
             self.analysis_digest,
             self.config.library.training,
             {"replacements": self.config.analyse.replacements, "limits": self.limits},
+            {"rules": self.config.search.rules},
             self.config.seed,
         )
 
@@ -143,6 +147,8 @@ def open_sweep(config: SweepConfig) -> Sweep:
     sweep = Sweep(config, store, teacher)
     family = teacher.family.name
     least = smallest_parameters(teacher.config, family, sweep.candidates)
+    if config.plan is not None:
+        _check_plan(config.plan, sweep)
     for budget in config.budgets:
         check_reachable(budget, sweep.teacher_parameters, least)
     _check_owner(sweep, layout.sweep(sweep.name), f"sweep {sweep.name}", "give it another name")
@@ -150,6 +156,17 @@ def open_sweep(config: SweepConfig) -> Sweep:
         prefix = layout.best(budget.label)
         _check_owner(sweep, prefix, f"{prefix} in {store.url}", "use another storage")
     return sweep
+
+
+def _check_plan(plan: Plan, sweep: Sweep) -> None:
+    asked = (plan.family, plan.teacher_blocks)
+    found = (sweep.teacher.family.name, sweep.teacher_blocks)
+    if asked != found:
+        raise SweepError(
+            f"plan: it is for a teacher of family {asked[0]} with {asked[1]} blocks, and "
+            f"{sweep.teacher.name} is of family {found[0]} with {found[1]}; give the teacher that "
+            "the plan was made for"
+        )
 
 
 def _check_owner(sweep: Sweep, prefix: str, what: str, remedy: str) -> None:

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from search.pareto import best_within, pareto_front
-from search.proposals import Origin, Proposal, Proposals, Target
+from search.proposals import Origin, Proposal, Proposals, Start, Target
+from search.rules import Rule
 from search.score import Bench, Score
 from search.solver import Piece
 from search.space import Space
@@ -38,9 +39,13 @@ class SearchConfig(Section):
     trials: PositiveInt = 64
     """Plans to score, all budgets together."""
 
-    exact: PositiveInt = 3
-    """How many plans of least summed damage each budget starts with; its uniform plan comes on
+    exact: NonNegativeInt = 3
+    """How many plans of least summed damage each budget starts with; those of `rules` come on
     top."""
+
+    rules: tuple[Rule, ...] = ("uniform", "ppcl", "amber")
+    """Rules whose plans each budget starts with too: `uniform`, `ppcl`, `amber`, or `influence`
+    (ShortGPT). A rule that does not reach a budget is left out there."""
 
     lag: PositiveInt = 8
     """A trial is proposed from the results of all trials at least so many before it, however many
@@ -59,7 +64,7 @@ class Trial(Section):
     budget: str
     """Label of the budget it was proposed for."""
     origin: Origin
-    """Who proposed it: the exact solver, the uniform rule, or Optuna's TPE."""
+    """Who proposed it."""
     plan: Plan
     parameters: PositiveInt
     """Of the whole student."""
@@ -81,6 +86,19 @@ def library_space(teacher: Teacher, library: Library) -> Space:
     return Space(family.name, len(own), family.outside_parameters(config), pieces)
 
 
+def plan_space(teacher: Teacher, library: Library, plan: Plan) -> Space:
+    """The one plan, over its own blocks; what does not start from the library has no damage."""
+    family, config = teacher.family, teacher.config
+    pieces = {
+        block: Piece(
+            library.damage(block) if block.start == "library" else 0.0,
+            family.block_parameters(config, block),
+        )
+        for block in plan.blocks
+    }
+    return Space(family.name, plan.teacher_blocks, family.outside_parameters(config), pieces)
+
+
 def run_search(
     space: Space,
     targets: Sequence[Target],
@@ -93,9 +111,11 @@ def run_search(
     cpus: float = 1.0,
     gpus: float = 0.0,
     seed: int = 0,
+    plans: Sequence[Start] = (),
     progress: Progress | None = None,
 ) -> list[Trial]:
-    """Score plans until there are enough, and publish the trials under `prefix`.
+    """Score plans until there are enough, `plans` among the first, and publish the trials under
+    `prefix`.
 
     Up to `workers` actors of `cpus` and `gpus` each score side by side. Scores found under
     `bench.scores` are not made again. Needs a running Ray; raises SearchError with the cause when
@@ -105,7 +125,13 @@ def run_search(
 
     progress = progress or silent()
     proposals = Proposals(
-        space, targets, trials=config.trials, exact=config.exact, lag=config.lag, seed=seed
+        space,
+        targets,
+        trials=config.trials,
+        exact=config.exact,
+        lag=config.lag,
+        seed=seed,
+        plans=plans,
     )
     stored = dict(_stored(store, bench.scores))
     trials: dict[int, Trial] = {}

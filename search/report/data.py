@@ -51,7 +51,7 @@ class TrialFacts:
     fidelity_loss: float | None
     seconds: float
     origin: str
-    """Who proposed it: "exact", "uniform", "tpe"."""
+    """Who proposed it, see search.proposals.Origin."""
     plan: Plan
     state: State = "complete"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = {"exact": "D", "uniform": "s", "tpe": "o"}
+MARKERS = {"exact": "D", "uniform": "s", "tpe": "o", "ppcl": "^", "amber": "v"}
 OTHER_MARKER = "^"
 """For origins that a later searcher brings."""
 _Place = Callable[[TrialFacts], float]

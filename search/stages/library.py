@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from search.analyse import load_analysis, nominate
+from search.analyse import Analysis, load_analysis, nominate
+from search.proposals import Start
+from search.rules import RULES, Ground
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
 from trainers.library.workers import train_library
@@ -42,16 +44,36 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
 
 def nominated(sweep: Sweep) -> list[BlockPlan]:
     """The replacements that the library of this sweep holds."""
-    analysis = load_analysis(sweep.store, sweep.analysis_prefix)
-    if analysis is None:
-        raise SweepError("library: needs the output of `analyse`; run `espalier analyse` first")
+    if sweep.config.plan is not None:
+        return [block for block in sweep.config.plan.blocks if block.start == "library"]
+    analysis = read_analysis(sweep)
     return nominate(
         analysis.damages,
         sweep.teacher.family.name,
         sweep.teacher.config,
         sorted(sweep.limits.values(), reverse=True),
         sweep.config.analyse.replacements,
+        [plan for _, _, plan in rule_plans(sweep, analysis)],
     )
+
+
+def read_analysis(sweep: Sweep) -> Analysis:
+    """The analysis of this sweep."""
+    analysis = load_analysis(sweep.store, sweep.analysis_prefix)
+    if analysis is None:
+        raise SweepError("library: needs the output of `analyse`; run `espalier analyse` first")
+    return analysis
+
+
+def rule_plans(sweep: Sweep, analysis: Analysis) -> list[Start]:
+    """The plans of the papers' rules, for each budget that they reach."""
+    ground = Ground(sweep.teacher.family.name, sweep.teacher.config, analysis)
+    found = (
+        (label, rule, RULES[rule](ground, limit))
+        for label, limit in sweep.limits.items()
+        for rule in sweep.config.search.rules
+    )
+    return [(label, rule, plan) for label, rule, plan in found if plan is not None]
 
 
 def library_prefixes(sweep: Sweep) -> dict[BlockPlan, str]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from search.proposals import Target
+from search.proposals import Start, Target
 from search.score import Bench
-from search.stages.library import library_prefixes
+from search.space import Space
+from search.stages.library import library_prefixes, read_analysis, rule_plans
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
-from search.trials import Trial, best_trials, library_space, load_trials, run_search
+from search.trials import (
+    SearchConfig,
+    Trial,
+    best_trials,
+    library_space,
+    load_trials,
+    plan_space,
+    run_search,
+)
 from storage import layout
 from trainers.library.library import Library
 from trainers.placement import share_of
@@ -30,17 +39,19 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         device=share.device,
         threads=share.threads,
     )
+    space, searched, plans = _what_to_search(sweep, Library(sweep.store, prefixes))
     trials = run_search(
-        library_space(sweep.teacher, Library(sweep.store, prefixes)),
+        space,
         [Target(label, limit) for label, limit in sweep.limits.items()],
         bench,
-        config.search,
+        searched,
         sweep.store,
         layout.search(sweep.name),
         workers=config.workers,
         cpus=share.num_cpus,
         gpus=share.num_gpus,
         seed=config.seed,
+        plans=plans,
         progress=progress,
     )
     for label, limit in sweep.limits.items():
@@ -52,6 +63,18 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     failed = sum(trial.state == "failed" for trial in trials)
     said = f"{len(trials)} plans scored" + (f", {failed} failed" if failed else "")
     return Outcome(said, {"trials": len(trials), "failed": failed})
+
+
+def _what_to_search(sweep: Sweep, library: Library) -> tuple[Space, SearchConfig, list[Start]]:
+    given = sweep.config.plan
+    if given is None:
+        analysis = read_analysis(sweep)
+        space = library_space(sweep.teacher, library)
+        return space, sweep.config.search, rule_plans(sweep, analysis)
+    # A given plan is all there is to score.
+    alone = plan_space(sweep.teacher, library, given)
+    once = sweep.config.search.model_copy(update={"trials": 1, "exact": 0})
+    return alone, once, [(label, "given", given) for label in sweep.limits]
 
 
 def trials_of(sweep: Sweep) -> list[Trial]:

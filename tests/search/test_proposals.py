@@ -7,9 +7,10 @@ import random
 
 import pytest
 
-from search.proposals import Proposal, Proposals, Target
+from search.proposals import Proposal, Proposals, Start, Target
 from search.solver import Piece
 from search.space import Space, candidates
+from trainers.students.plan import uniform_plan
 
 BLOCKS = 8
 TARGETS = [Target("50pct", 45), Target("70pct", 61)]
@@ -25,7 +26,11 @@ def make_space(max_span: int = 3, widths: tuple[float, ...] = (1.0, 0.5)) -> Spa
 
 
 def make_proposals(space: Space, trials: int = 24, seed: int = 3) -> Proposals:
-    return Proposals(space, TARGETS, trials=trials, exact=2, lag=4, seed=seed)
+    starts: list[Start] = [
+        (target.label, "uniform", uniform_plan("qwen_image", BLOCKS, blocks, start="library"))
+        for target, blocks in zip(TARGETS, (4, 5), strict=True)
+    ]
+    return Proposals(space, TARGETS, trials=trials, exact=2, lag=4, seed=seed, plans=starts)
 
 
 def loss_of(space: Space, proposal: Proposal) -> float:
@@ -60,7 +65,7 @@ def alone(space: Space) -> list[Proposal]:
     return run(make_proposals(space), space, workers=1)
 
 
-def test_starts_from_the_exact_and_the_uniform_plans(space: Space, alone: list[Proposal]) -> None:
+def test_starts_from_the_exact_and_the_given_plans(space: Space, alone: list[Proposal]) -> None:
     first = [(p.budget, p.origin) for p in alone[:4]]
     assert first == [
         ("50pct", "exact"), ("70pct", "exact"), ("50pct", "uniform"), ("70pct", "uniform"),

@@ -102,7 +102,8 @@ def test_nominations_can_meet_every_budget(
     sizes = {b: FAMILY.block_parameters(config, b) for b in CANDIDATES}
     own = sizes[BlockPlan(span=(0, 0))]
     limits = [outside + 3 * own, outside + 2 * own]
-    chosen = nominate(analysis.damages, "qwen_image", config, limits, most)
+    starts = [uniform_plan("qwen_image", 6, blocks, start="library") for blocks in (3, 2)]
+    chosen = nominate(analysis.damages, "qwen_image", config, limits, most, starts)
     assert len(set(chosen)) == len(chosen)
     assert not any(block.untouched for block in chosen)
     for blocks, limit in ((3, limits[0]), (2, limits[1])):

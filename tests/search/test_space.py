@@ -69,15 +69,6 @@ def test_a_point_gives_every_plan_once() -> None:
     assert all(space.parameters(plan) <= 45 for plan in plans)
 
 
-def test_uniform_plans_use_the_budget() -> None:
-    space = make_space([1])
-    plan = space.uniform(45)
-    assert plan is not None
-    assert [block.length for block in plan.blocks] == [2, 2, 2, 2]
-    own = {b: p for b, p in space.pieces.items() if b.untouched}
-    assert Space("qwen_image", BLOCKS, 5, own).uniform(45) is None
-
-
 def test_a_plan_beyond_the_library_is_refused_with_its_block() -> None:
     space = make_space([1])
     plan = space.exact(85)[0]

@@ -1,0 +1,140 @@
+"""Rules, the papers' among them: from what the analysis measured, a plan for a budget.
+
+Each rule is a function of `Ground` and a limit in parameters; RULES names them as a configuration
+does. Where a paper is silent, the choice made here is said at the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from search.analyse import Analysis
+from trainers.students.counts import plan_parameters
+from trainers.students.families.base import Config
+from trainers.students.plan import BlockPlan, Plan, uniform_plan
+
+_ROUNDING = 1e-6
+"""CKA is known in float32: a smaller rise is none."""
+
+Rule = Literal["uniform", "ppcl", "amber", "influence"]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a rule decides from."""
+
+    family: str
+    config: Config
+    """The teacher's transformer config."""
+    analysis: Analysis
+
+    @property
+    def teacher_blocks(self) -> int:
+        return len(self.analysis.importance)
+
+    def plan(self, spans: Sequence[Span]) -> Plan:
+        """The plan that merges these spans and keeps every other block."""
+        inside = {i for first, last in spans for i in range(first, last + 1)}
+        alone = [(i, i) for i in range(self.teacher_blocks) if i not in inside]
+        return Plan(
+            family=self.family,
+            teacher_blocks=self.teacher_blocks,
+            blocks=tuple(
+                BlockPlan(span=span, start="library") for span in sorted([*spans, *alone])
+            ),
+        )
+
+    def parameters(self, plan: Plan) -> int:
+        return plan_parameters(plan, self.config)
+
+
+def uniform(ground: Ground, limit: int) -> Plan | None:
+    """The uniform plan of most blocks that fits: spans that differ in length by at most one."""
+    for blocks in range(ground.teacher_blocks, 0, -1):
+        plan = uniform_plan(ground.family, ground.teacher_blocks, blocks, start="library")
+        if ground.parameters(plan) <= limit:
+            return plan
+    return None
+
+
+def ppcl_intervals(analysis: Analysis) -> list[tuple[Span, float]]:
+    """PPCL's intervals and the CKA of each, from c(u, k) (METHODS.md, PPCL 2).
+
+    From block u the interval ends at v, the first k − 1 for which Δ(u, k) > Δ(u, k − 1): where the
+    loss of similarity first speeds up. Silent in the paper: c is the mean of the two streams'; the
+    next interval starts at v + 1; block 0 stays whole, because its input is not yet a state of the
+    chain; an interval ends at the longest span that was measured.
+    """
+    chain = (analysis.image_chain + analysis.text_chain) / 2
+    blocks, longest = chain.shape
+    found = []
+    u = 1
+    while u < blocks:
+        reach = min(longest, blocks - u)
+        losses = [float(chain[u, j - 1] - chain[u, j]) for j in range(1, reach)]
+        # losses[j - 1] is Δ(u, u + j).
+        rises = (j for j in range(1, len(losses)) if losses[j] > losses[j - 1] + _ROUNDING)
+        v = u + next(rises, len(losses))
+        if v > u:
+            found.append(((u, v), float(chain[u, v - u])))
+        u = v + 1
+    return found
+
+
+def ppcl(ground: Ground, limit: int) -> Plan | None:
+    """PPCL's plan under a limit; None when even all its intervals leave the student too large.
+
+    The paper gives one plan, and larger ones by plugging blocks back. Silent: which. Here the
+    intervals of lowest CKA go back first, as long as the student stays under the limit.
+    """
+    spans = dict(ppcl_intervals(ground.analysis))
+    if ground.parameters(ground.plan(list(spans))) > limit:
+        return None
+    for span in sorted(spans, key=lambda span: (spans[span], span)):
+        without = [other for other in spans if other != span]
+        if ground.parameters(ground.plan(without)) <= limit:
+            del spans[span]
+    return ground.plan(list(spans))
+
+
+def amber(ground: Ground, limit: int) -> Plan | None:
+    """Amber-Image's plan under a limit (METHODS.md, Amber-Image 1 and 2); None out of its reach.
+
+    One-shot: the blocks of lowest importance go, never the first or the last, and a kept block
+    takes the pruned run after it into its span. The weight of a timestep is silent in the paper;
+    here it is the timestep itself, 1 at pure noise.
+    """
+    importance = ground.analysis.importance
+    bands = importance.shape[1]
+    weights = [1 - (band + 0.5) / bands for band in range(bands)]  # the noisiest band is the first
+    weighted = (importance @ importance.new_tensor(weights)) / sum(weights)
+    return _without_lowest(ground, weighted.tolist(), limit)
+
+
+def influence(ground: Ground, limit: int) -> Plan | None:
+    """ShortGPT's plan under a limit: the blocks of lowest Block Influence go (1 − the cosine of a
+    block's input and output, mean of the two streams), never the first or the last."""
+    return _without_lowest(ground, ground.analysis.influence.tolist(), limit)
+
+
+RULES: dict[Rule, Callable[[Ground, int], Plan | None]] = {
+    "uniform": uniform,
+    "ppcl": ppcl,
+    "amber": amber,
+    "influence": influence,
+}
+
+
+def _without_lowest(ground: Ground, scores: Sequence[float], limit: int) -> Plan | None:
+    order = sorted(range(1, ground.teacher_blocks - 1), key=lambda i: (scores[i], i))
+    for count in range(len(order) + 1):
+        kept = [i for i in range(ground.teacher_blocks) if i not in order[:count]]
+        ends = [*(i - 1 for i in kept[1:]), ground.teacher_blocks - 1]
+        spans = [(i, end) for i, end in zip(kept, ends, strict=True) if end > i]
+        plan = ground.plan(spans)
+        if ground.parameters(plan) <= limit:
+            return plan
+    return None
