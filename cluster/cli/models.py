@@ -1,4 +1,4 @@
-"""`espalier generate` and `espalier judge`: a teacher or student at work."""
+"""`espalier generate`, `judge` and `plug`: a teacher or student at work, or made larger again."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class ModelError(EspalierError):
 def register(app: typer.Typer) -> None:
     app.command("generate", rich_help_panel=PANEL)(generate)
     app.command("judge", rich_help_panel=PANEL)(judge)
+    app.command("plug", rich_help_panel=PANEL)(plug)
 
 
 def generate(
@@ -102,6 +103,61 @@ def judge(
             print(f"{name:<14} {score:.3f}")
 
 
+def plug(
+    student: Model,
+    restore: Annotated[
+        list[str],
+        typer.Option(
+            help="A span of teacher blocks to put back, as 3-4 or 58; as often as wanted.",
+            metavar="SPAN",
+            show_default=False,
+        ),
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="The teacher that it was made from.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the larger student.", show_default=False)],
+) -> None:
+    """Put teacher blocks back into a student in place of what replaces them; nothing is trained.
+
+    Example: espalier plug runs/best/34pct --restore 3-4 --teacher examples/miniature --out larger
+    """
+    with endings():
+        spans = [parse_span(text) for text in restore]
+        folder = local_model(student)
+        quieten_libraries()
+        from trainers.export import export_student, load_pipeline
+        from trainers.students.counts import plan_parameters
+        from trainers.students.plan import load_plan
+        from trainers.students.plug import plug as put_back
+        from trainers.students.plug import plugged_plan
+        from trainers.teacher import open_teacher
+
+        plan = load_plan(folder / "plan.json")
+        larger = plugged_plan(plan, spans)
+        source = open_teacher(teacher)
+        made_from = said_of(folder).get("teacher")
+        if made_from is not None and made_from != source.digest:
+            raise ModelError(
+                f"--teacher {teacher}: is {source.digest}, and {student} was made from "
+                f"{made_from}; give that teacher"
+            )
+        model = put_back(load_pipeline(folder).transformer, plan, source.transformer(), larger)
+        export_student(source, model, larger, out)
+        said = {"resolution": made_for(folder), "teacher": source.digest}
+        (out / "espalier.json").write_text(json_text.dumps(said, indent=1) + "\n", "utf-8")
+        before, after = (plan_parameters(p, source.config) for p in (plan, larger))
+        print(f"{out}  {len(larger.blocks)} blocks, {after:,} parameters (was {before:,})")
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """The span that `3-4` or `58` names."""
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise ModelError(f"--restore {text}: not a span; write it as 3-4, or 58 for one block")
+    return int(first), int(last or first)
+
+
 def local_model(model: str) -> Path:
     """The folder of a model; one in a remote store is copied to this machine first."""
     if "://" in model and not model.startswith("file://"):
@@ -132,10 +188,21 @@ def load(folder: Path) -> Any:
 
 def made_for(folder: Path) -> int:
     """Pixels a side that a model was made for, by the espalier.json beside it."""
+    resolution = said_of(folder).get("resolution", QWEN_IMAGE_SIZE)
+    if not isinstance(resolution, int):
+        raise ModelError(f"{folder / 'espalier.json'}: does not say a resolution")
+    return resolution
+
+
+def said_of(folder: Path) -> dict[str, Any]:
+    """What the espalier.json beside a model says of it; nothing without one."""
+    file = folder / "espalier.json"
     try:
-        said = json_text.loads((folder / "espalier.json").read_text(encoding="utf-8"))
-        return int(said["resolution"])
+        said = json_text.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return QWEN_IMAGE_SIZE
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / 'espalier.json'}: does not say a resolution") from error
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(said, dict):
+        raise ModelError(f"{file}: does not say a resolution")
+    return said
