@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow miniature bench clean
+.PHONY: help install demo check test test-slow miniature bench study clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-slow: install ## the default suite and the long tests (kills in every stage
 bench: install ## the figures of benchmarks/README.md (after make demo)
 	$(BIN)/python -m benchmarks.search examples/miniature.yaml
 	$(BIN)/python -m benchmarks.library examples/miniature.yaml
+
+study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
+	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study
+	$(BIN)/python -m benchmarks.study.report build/study
 
 miniature: install ## train examples/miniature from nothing (about 90 minutes on 2 cores)
 	$(BIN)/python examples/make_miniature.py

@@ -1,0 +1,1 @@
+"""The study: the papers' methods, their rivals and Espalier's search on the same footing."""
