@@ -249,12 +249,10 @@ def publish_student(
     from storage.tensors import save_tensors
 
     grouped: dict[str, dict[str, Tensor]] = {}
-    block_prefix = teacher.family.block_prefix()
+    prefixes = teacher.family.block_prefixes(teacher.config, plan)
     for name, tensor in weights.items():
-        file = OUTSIDE
-        if name.startswith(block_prefix):
-            number = int(name[len(block_prefix) :].split(".")[0])
-            file = f"block-{number:03d}.safetensors"
+        number = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
+        file = OUTSIDE if number is None else f"block-{number:03d}.safetensors"
         grouped.setdefault(file, {})[name] = tensor
     files: dict[str, Body] = {
         file: partial(save_tensors, tensors) for file, tensors in grouped.items()
