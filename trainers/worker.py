@@ -228,7 +228,10 @@ def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs are in `dtype` where they should be; FLUX's rotary tables are float32 and must stay so.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
     for block in module.blocks:
