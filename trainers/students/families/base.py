@@ -5,7 +5,7 @@ Shapes: B batch, N image tokens, M text tokens, D width, C latent channels of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ from trainers.students.plan import BlockPlan, Plan, PlanError
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 Config = Mapping[str, Any]
@@ -44,6 +45,14 @@ class MapPair(NamedTuple):
     added: Tensor
     text: bool
     """Whether the tokens are the text's, of which some may be padding."""
+
+
+class Texts(NamedTuple):
+    """Captions as a pipeline's text encoders read them; see Inputs."""
+
+    embeds_BMD: Tensor
+    mask_BM: Tensor | None = None
+    pooled_BP: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,13 @@ class Family(Protocol):
 
     def block_prefixes(self, config: Config, plan: Plan) -> tuple[str, ...]:
         """What the names of each student block's parameters begin with, the dot included."""
+
+    def encode_pictures(self, vae: nn.Module, signal_BCHW: Tensor) -> Tensor:
+        """What the transformer learns to draw, of pictures in [-1, 1]: the mean of the
+        autoencoder's posterior, normalised, float32 [B, channels, rows, columns], not packed."""
+
+    def encode_texts(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Texts:
+        """What the transformer reads of captions."""
 
     def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
         """Everything before the first block."""

@@ -8,7 +8,7 @@ M text tokens, D width, C latent channels of a packed token.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
@@ -19,6 +19,7 @@ from trainers.students.families.base import (
     Inputs,
     MapPair,
     State,
+    Texts,
     check_plan,
 )
 from trainers.students.families.parts import (
@@ -36,7 +37,7 @@ from trainers.students.plan import BlockPlan, Plan
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import FluxTransformer2DModel
+    from diffusers import DiffusionPipeline, FluxTransformer2DModel
     from diffusers.models.transformers.transformer_flux import (
         FluxSingleTransformerBlock,
         FluxTransformerBlock,
@@ -280,6 +281,16 @@ class FluxFamily:
             *(f"transformer_blocks.{i}." for i in range(dual)),
             *(f"single_transformer_blocks.{i}." for i in range(len(plan.blocks) - dual)),
         )
+
+    def encode_pictures(self, vae: nn.Module, signal_BCHW: Tensor) -> Tensor:
+        autoencoder = cast("Any", vae)
+        raw_BCHW = autoencoder.encode(signal_BCHW).latent_dist.mode().float()
+        shift, scale = autoencoder.config.shift_factor, autoencoder.config.scaling_factor
+        return cast("Tensor", (raw_BCHW - shift) * scale)
+
+    def encode_texts(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Texts:
+        embeds_BMD, pooled_BP, _ = pipeline.encode_prompt(list(captions))
+        return Texts(embeds_BMD, pooled_BP=pooled_BP)
 
     def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
         return begin_stock(model, **_arguments(model, inputs))

@@ -6,7 +6,7 @@ Shapes: B batch, N image tokens, M text tokens, D width, C latent channels of a 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
@@ -17,6 +17,7 @@ from trainers.students.families.base import (
     Inputs,
     MapPair,
     State,
+    Texts,
     check_plan,
 )
 from trainers.students.families.parts import (
@@ -34,7 +35,7 @@ from trainers.students.plan import BlockPlan, Plan
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import QwenImageTransformer2DModel
+    from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
     from torch import Tensor, nn
 
@@ -209,6 +210,20 @@ class QwenImageFamily:
 
     def block_prefixes(self, config: Config, plan: Plan) -> tuple[str, ...]:
         return tuple(f"transformer_blocks.{i}." for i in range(len(plan.blocks)))
+
+    def encode_pictures(self, vae: nn.Module, signal_BCHW: Tensor) -> Tensor:
+        autoencoder = cast("Any", vae)  # of video: a picture is one frame
+        raw_BCHW = autoencoder.encode(signal_BCHW.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        raw_BCHW = raw_BCHW.float()
+        mean, std = (
+            raw_BCHW.new_tensor(values).view(1, -1, 1, 1)
+            for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
+        )
+        return cast("Tensor", (raw_BCHW - mean) / std)
+
+    def encode_texts(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Texts:
+        embeds_BMD, mask_BM = pipeline.encode_prompt(list(captions))
+        return Texts(embeds_BMD, None if mask_BM is None else mask_BM.bool())
 
     def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
         from diffusers.models.transformers.transformer_qwenimage import (
