@@ -12,6 +12,7 @@ from typing import Literal
 
 from search.analyse import Analysis
 from trainers.students.counts import plan_parameters
+from trainers.students.families import family_named
 from trainers.students.families.base import Config
 from trainers.students.plan import BlockPlan, Plan, uniform_plan
 
@@ -36,7 +37,11 @@ class Ground:
         return len(self.analysis.importance)
 
     def plan(self, spans: Sequence[Span]) -> Plan:
-        """The plan that merges these spans and keeps every other block."""
+        """The plan that merges these spans and keeps every other block.
+
+        A span over blocks that cannot become one is merged in parts.
+        """
+        spans = [part for span in spans for part in self._parts(span)]
         inside = {i for first, last in spans for i in range(first, last + 1)}
         alone = [(i, i) for i in range(self.teacher_blocks) if i not in inside]
         return Plan(
@@ -50,11 +55,22 @@ class Ground:
     def parameters(self, plan: Plan) -> int:
         return plan_parameters(plan, self.config)
 
+    def _parts(self, span: Span) -> list[Span]:
+        family, (start, last) = family_named(self.family), span
+        parts = []
+        for end in range(start, last + 1):
+            longer = BlockPlan(span=(start, min(end + 1, last)))
+            if end == last or family.refusal(self.config, longer) is not None:
+                parts.append((start, end))
+                start = end + 1
+        return parts
+
 
 def uniform(ground: Ground, limit: int) -> Plan | None:
     """The uniform plan of most blocks that fits: spans that differ in length by at most one."""
     for blocks in range(ground.teacher_blocks, 0, -1):
-        plan = uniform_plan(ground.family, ground.teacher_blocks, blocks, start="library")
+        whole = uniform_plan(ground.family, ground.teacher_blocks, blocks)
+        plan = ground.plan([block.span for block in whole.blocks])
         if ground.parameters(plan) <= limit:
             return plan
     return None

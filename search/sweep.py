@@ -24,7 +24,8 @@ from storage.section import Section
 from storage.store import Store, open_store
 from trainers.data.encode import encoding_digest
 from trainers.students.counts import plan_parameters
-from trainers.students.plan import BlockPlan, Plan, identity_plan
+from trainers.students.families.base import check_plan
+from trainers.students.plan import BlockPlan, Plan, PlanError, identity_plan
 from trainers.teacher import Teacher, open_teacher
 
 CONFIG = "config.json"
@@ -62,13 +63,14 @@ class Sweep:
         """Every block that a student of this configuration may have."""
         if self.config.plan is not None:
             return list(self.config.plan.blocks)
-        library = self.config.library
-        return candidates(
+        library, teacher = self.config.library, self.teacher
+        every = candidates(
             self.teacher_blocks,
             min(library.max_span, self.teacher_blocks),
             library.widths,
             library.texts,
         )
+        return [b for b in every if teacher.family.refusal(teacher.config, b) is None]
 
     @property
     def limits(self) -> dict[str, int]:
@@ -146,9 +148,9 @@ def open_sweep(config: SweepConfig) -> Sweep:
     store = open_store(config.storage, config.store)
     sweep = Sweep(config, store, teacher)
     family = teacher.family.name
-    least = smallest_parameters(teacher.config, family, sweep.candidates)
     if config.plan is not None:
         _check_plan(config.plan, sweep)
+    least = smallest_parameters(teacher.config, family, sweep.candidates)
     for budget in config.budgets:
         check_reachable(budget, sweep.teacher_parameters, least)
     _check_owner(sweep, layout.sweep(sweep.name), f"sweep {sweep.name}", "give it another name")
@@ -167,6 +169,10 @@ def _check_plan(plan: Plan, sweep: Sweep) -> None:
             f"{sweep.teacher.name} is of family {found[0]} with {found[1]}; give the teacher that "
             "the plan was made for"
         )
+    try:
+        check_plan(sweep.teacher.family, sweep.teacher.config, plan)
+    except PlanError as error:
+        raise SweepError(f"plan: {error}") from error
 
 
 def _check_owner(sweep: Sweep, prefix: str, what: str, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""Flow matching as Qwen-Image does it: straight paths from data at t = 0 to noise at t = 1.
+"""Flow matching as Qwen-Image and FLUX.1 do it: straight paths from data (t = 0) to noise (t = 1).
 
 Shapes: B batch, N image tokens, C latent channels of a packed token.
 """

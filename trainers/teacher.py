@@ -20,14 +20,16 @@ from trainers.students.families.base import Config, Family
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLQwenImage, DiffusionPipeline
+    from diffusers import DiffusionPipeline
     from torch import nn
 
+_NEEDED = ("vae", "text_encoder", "tokenizer", "transformer")
+# A family may have a second text encoder and tokenizer, whose names go on with a number.
 _WEIGHTED = ("transformer", "vae", "text_encoder")
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
-_CONFIG_NAMES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors"]
+_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors"]
+"""Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them."""
 _REMEMBERED_SIZE = 64 * 2**20
 """Bytes from which a file's digest is kept in the user's cache: hashing 40 GB takes a minute."""
 
@@ -49,7 +51,7 @@ class Teacher:
     digest: str
     """16 hex digits over the transformer's config and weights."""
     encoder_digest: str
-    """The same over VAE, text encoder and tokenizer: what encoded data depends on."""
+    """The same over VAE, text encoders and tokenizers: what encoded data depends on."""
     family: Family = field(compare=False)
     config: Config = field(compare=False)
     """transformer/config.json."""
@@ -69,19 +71,20 @@ class Teacher:
 
     def vae(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> AutoencoderKLQwenImage:
-        from diffusers import AutoencoderKLQwenImage
+    ) -> nn.Module:
+        import diffusers
 
         _hush()
-        model = AutoencoderKLQwenImage.from_pretrained(
+        _, name = _json(self.folder / "model_index.json")["vae"]
+        model = getattr(diffusers, name).from_pretrained(
             self.folder, subfolder="vae", torch_dtype=dtype or stored_dtype(self.folder / "vae")
         )
-        return model.requires_grad_(False).eval().to(device)
+        return cast("nn.Module", model.requires_grad_(False).eval().to(device))
 
     def text(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> DiffusionPipeline:
-        """The pipeline with only tokenizer and text encoder, for its `encode_prompt`."""
+        """The pipeline with only tokenizers and text encoders, for its `encode_prompt`."""
         return load_folder(self.folder, dtype, device, without=("transformer", "vae"))
 
     def pipeline(
@@ -98,7 +101,7 @@ def open_teacher(name_or_path: str | Path) -> Teacher:
     """
     folder = _folder(str(name_or_path))
     parts = check_pipeline(folder)
-    for part in (*_ENCODERS, "transformer"):
+    for part in _NEEDED:
         if part not in parts:
             raise TeacherError(
                 f"{folder / 'model_index.json'}: no {part}; give a whole text-to-image pipeline"
@@ -109,7 +112,9 @@ def open_teacher(name_or_path: str | Path) -> Teacher:
         name=str(name_or_path),
         folder=folder,
         digest=digest_json(_digests(folder, "transformer")),
-        encoder_digest=digest_json(_digests(folder, *_ENCODERS)),
+        encoder_digest=digest_json(
+            _digests(folder, *(p for p in parts if p.startswith(_ENCODERS)))
+        ),
         family=family_of(config, str(config_file)),
         config=config,
     )
@@ -117,15 +122,11 @@ def open_teacher(name_or_path: str | Path) -> Teacher:
 
 def check_pipeline(folder: Path) -> list[str]:
     """The parts of a pipeline folder, after proving that each has its files and all are whole."""
-    index = _json(folder / "model_index.json")
-    parts = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None
-    ]
+    parts = _parts(folder)
     for part in parts:
-        _json(folder / part / _CONFIG_NAMES.get(part, "config.json"))
-        if part in _WEIGHTED:
+        kind = next((kind for kind in ("scheduler", "tokenizer") if part.startswith(kind)), None)
+        _json(folder / part / (f"{kind}_config.json" if kind else "config.json"))
+        if part.startswith(_WEIGHTED):
             for file in _weights(folder / part):
                 try:
                     check_safetensors(file)
@@ -133,7 +134,7 @@ def check_pipeline(folder: Path) -> list[str]:
                     raise TeacherError(
                         f"{error}; the model cannot be used, copy or download this file again"
                     ) from error
-        if part == "tokenizer":
+        if kind == "tokenizer":
             _require_one_of(folder / part, "tokenizer.json", "vocab.json")
     return parts
 
@@ -148,7 +149,8 @@ def load_folder(
     from diffusers import DiffusionPipeline
 
     _hush()
-    loaded = [part for part in _WEIGHTED if part not in without]
+    weighted = [part for part in _parts(folder) if part.startswith(_WEIGHTED)]
+    loaded = [part for part in weighted if part not in without]
     # A mapping by part, because the parts may be stored in different dtypes.
     dtypes = {part: dtype or stored_dtype(folder / part) for part in loaded}
     pipeline = DiffusionPipeline.from_pretrained(
@@ -196,6 +198,15 @@ def _folder(name: str) -> Path:
         ) from error
 
 
+def _parts(folder: Path) -> list[str]:
+    """The parts that a pipeline has, by its index."""
+    return [
+        name
+        for name, value in _json(folder / "model_index.json").items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+    ]
+
+
 def _weights(part: Path) -> Iterator[Path]:
     """The safetensors files of a part, sharded or not; TeacherError names one that is missing."""
     indices = sorted(part.glob("*.safetensors.index.json"))
@@ -208,7 +219,7 @@ def _weights(part: Path) -> Iterator[Path]:
                 raise TeacherError(f"{part / name}: missing, though {indices[0].name} names it")
             yield part / name
         return
-    stem = "model" if part.name == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if part.name.startswith("text_encoder") else "diffusion_pytorch_model"
     file = part / f"{stem}.safetensors"
     if not file.is_file():
         raise TeacherError(

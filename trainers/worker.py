@@ -228,7 +228,10 @@ def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs are in `dtype` where they should be; FLUX's rotary tables are float32 and must stay so.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
     for block in module.blocks:
@@ -249,12 +252,10 @@ def publish_student(
     from storage.tensors import save_tensors
 
     grouped: dict[str, dict[str, Tensor]] = {}
-    block_prefix = teacher.family.block_prefix()
+    prefixes = teacher.family.block_prefixes(teacher.config, plan)
     for name, tensor in weights.items():
-        file = OUTSIDE
-        if name.startswith(block_prefix):
-            number = int(name[len(block_prefix) :].split(".")[0])
-            file = f"block-{number:03d}.safetensors"
+        number = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
+        file = OUTSIDE if number is None else f"block-{number:03d}.safetensors"
         grouped.setdefault(file, {})[name] = tensor
     files: dict[str, Body] = {
         file: partial(save_tensors, tensors) for file, tensors in grouped.items()

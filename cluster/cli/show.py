@@ -24,17 +24,6 @@ if TYPE_CHECKING:
     from trainers.students.plan import Plan
 
 PANEL = "Look"
-QWEN_IMAGE: Mapping[str, Any] = {
-    "_class_name": "QwenImageTransformer2DModel",
-    "num_layers": 60,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 3584,
-    "in_channels": 64,
-    "out_channels": 16,
-    "patch_size": 2,
-}
-"""Qwen/Qwen-Image, transformer/config.json: the teacher of a 60-block plan unless one is given."""
 GIB = 2**30
 
 
@@ -95,7 +84,8 @@ def plan(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub name of the teacher; Qwen-Image for plans of 60 blocks.",
+            help="Folder or hub name of the teacher; by default Qwen-Image or FLUX.1-dev, for "
+            "plans of their 60 and 57 blocks.",
             show_default=False,
         ),
     ] = None,
@@ -121,22 +111,29 @@ def plan(
 
 
 def sizes_of(student: Plan, path: Path, teacher: str | None) -> Mapping[str, Any]:
-    """The transformer config to count by: the teacher's, or that of the student's own folder."""
+    """The teacher's transformer config: as given, by the student's own folder, or the published."""
+    from trainers.students.families import family_named, family_of
+
+    family = family_named(student.family)
     if teacher is not None:
         config = transformer_config(teacher)
-        from trainers.students.families import family_of
-
-        blocks = family_of(config, f"{teacher}: transformer/config.json").blocks(config)
+        found = family_of(config, f"{teacher}: transformer/config.json")
+        if found is not family:
+            raise TeacherSizesError(
+                f"--teacher {teacher}: is of family {found.name}, and the plan is for "
+                f"{family.name}; give the teacher that the plan was made for"
+            )
+        blocks = family.blocks(config)
         if blocks != student.teacher_blocks:
             raise TeacherSizesError(
                 f"--teacher {teacher}: has {blocks} blocks, and the plan is for a teacher of "
                 f"{student.teacher_blocks}; give the teacher that the plan was made for"
             )
         return config
-    if path.is_dir():  # a student's blocks are as wide as its teacher's
-        return transformer_config(str(path))
-    if student.family == "qwen_image" and student.teacher_blocks == QWEN_IMAGE["num_layers"]:
-        return QWEN_IMAGE
+    if path.is_dir():
+        return family.teacher_config(transformer_config(str(path)), student)
+    if student.teacher_blocks == family.blocks(family.published):
+        return family.published
     raise TeacherSizesError(
         f"{path}: its teacher has {student.teacher_blocks} blocks, of unknown size; say which with "
         "--teacher"

@@ -28,8 +28,8 @@ def loading(plan: Plan, url: str, sampling: Mapping[str, int | float], caption: 
         else "import trainers  # pip install espalier: its class holds the narrower FFNs\n"
     )
     return (
-        f"{copy}{needs}from diffusers import QwenImagePipeline\n\n"
-        f"pipeline = QwenImagePipeline.from_pretrained({where})\n"
+        f"{copy}{needs}from diffusers import DiffusionPipeline\n\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({where})\n"
         f"picture = pipeline(\n    {prompt},\n"
         + (f"    {arguments},\n" if arguments else "")
         + ').images[0]\npicture.save("picture.png")\n'

@@ -12,6 +12,9 @@ from typer.testing import CliRunner, Result
 from cluster.cli.common import StageError, endings, user_error
 from cluster.cli.main import app
 from storage.errors import EspalierError
+from trainers.students.counts import plan_parameters
+from trainers.students.families import family_named
+from trainers.students.plan import BlockPlan, Plan, identity_plan, uniform_plan
 
 PPCL_SPANS = [
     (3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42, 43), (45, 47), (48, 49),
@@ -99,6 +102,38 @@ def test_a_plan_of_an_unknown_teacher_asks_for_it(tmp_path: Path) -> None:
     done = espalier("plan", path)
     assert done.exit_code == 1
     assert "--teacher" in done.stderr
+
+
+def test_a_plan_of_57_flux_blocks_is_counted_by_flux_1_dev(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(identity_plan("flux", 57).to_json())
+    said = json.loads(espalier("plan", path, "--json").output)
+    assert said["parameters"] == said["teacher"]["parameters"] == 11_901_408_320
+    path.write_text(uniform_plan("flux", 57, 28).to_json())
+    done = espalier("plan", path)
+    assert done.exit_code == 1
+    assert "crosses the border between the dual blocks, 0 to 18" in done.stderr
+
+
+def test_a_students_folder_says_what_its_teacher_was(tmp_path: Path) -> None:
+    blocks = tuple(BlockPlan(span=span) for span in ((0, 9), (10, 18), (19, 56)))
+    plan = Plan(family="flux", teacher_blocks=57, blocks=blocks)
+    family = family_named("flux")
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    (tmp_path / "transformer").mkdir()
+    config = family.student_config(family.published, plan)
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    said = json.loads(espalier("plan", tmp_path, "--json").output)
+    assert said["parameters"] == plan_parameters(plan, family.published)
+    assert said["teacher"]["parameters"] == 11_901_408_320
+
+
+def test_a_plan_for_another_family_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(identity_plan("flux", 6).to_json())
+    done = espalier("plan", path, "--teacher", tiny_pipeline)
+    assert done.exit_code == 1
+    assert "is of family qwen_image, and the plan is for flux" in done.stderr
 
 
 def test_a_plan_for_another_teacher_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:

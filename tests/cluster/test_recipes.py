@@ -8,8 +8,9 @@ import pytest
 
 from cluster.configfile import load_config
 from search.config import SweepConfig
-from tests.trainers.students.test_families import QWEN_IMAGE, count, family
+from tests.trainers.students.tiny import count
 from trainers.students.counts import plan_parameters
+from trainers.students.families import family_named
 
 RECIPES = sorted(Path("examples/recipes").glob("*.yaml"))
 PUBLISHED = {
@@ -27,7 +28,8 @@ def test_a_recipe_is_a_configuration(recipe):
     assert config.name == recipe.stem
     if config.plan is None:
         return
-    sizes = {**QWEN_IMAGE, "num_layers": config.plan.teacher_blocks}
+    family = family_named(config.plan.family)
+    sizes = {**family.published, "num_layers": config.plan.teacher_blocks}
     parameters = plan_parameters(config.plan, sizes)
     assert parameters == PUBLISHED[recipe.stem]
     assert parameters == count(family.build(sizes, config.plan, "meta"))

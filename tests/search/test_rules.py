@@ -117,6 +117,17 @@ def test_every_rule_fits_its_limit_or_says_none(rule, blocks):
     assert RULES[rule](ground(analysis(chain_of({}))), WHOLE) == identity_plan("qwen_image", BLOCKS)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_no_rule_merges_blocks_of_two_kinds(rule):
+    config = {**CONFIG, "num_layers": 4, "num_single_layers": 4}
+    whole = identity_plan("flux", BLOCKS)
+    most = int(0.7 * plan_parameters(whole, config))
+    plan = RULES[rule](Ground("flux", config, analysis(chain_of({}))), most)
+    assert plan is not None
+    assert plan_parameters(plan, config) <= most  # PlanError if it does
+    assert spans(plan)
+
+
 def test_uniform_spans_use_the_limit():
     plan = RULES["uniform"](ground(analysis()), limit(5))
     assert plan is not None

@@ -111,9 +111,9 @@ def test_a_missing_shard_is_named(copy):
 
 def test_an_unknown_transformer_is_refused_with_its_file(copy):
     file = copy / "transformer" / "config.json"
-    config = json.loads(file.read_text()) | {"_class_name": "FluxTransformer2DModel"}
+    config = json.loads(file.read_text()) | {"_class_name": "SD3Transformer2DModel"}
     file.write_text(json.dumps(config))
-    with pytest.raises(FamilyError, match=r"transformer/config\.json.*FluxTransformer2DModel"):
+    with pytest.raises(FamilyError, match=r"transformer/config\.json.*SD3Transformer2DModel"):
         open_teacher(copy)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from storage.digest import digest_json
 from storage.errors import EspalierError
@@ -184,6 +184,7 @@ class PictureEncoders:
     def __init__(self, teacher: Teacher, dtype: torch.dtype, device: str) -> None:
         from trainers.data.single_frame import for_single_frames
 
+        self.family = teacher.family
         self.vae = teacher.vae(dtype, device)
         self.text = teacher.text(dtype, device)
         self.dtype, self.device = dtype, device
@@ -192,35 +193,33 @@ class PictureEncoders:
     def encode(
         self, pictures: NDArray[np.uint8], captions: Sequence[str], batch_size: int
     ) -> dict[str, Tensor]:
-        """The tensors of a shard: normalised latents, padded embeddings, and their mask."""
+        """The tensors of a shard: normalised latents, padded embeddings, their mask, and the
+        pooled embeddings of a family that reads such."""
         import torch
 
-        latents, embeds, masks = [], [], []
+        latents, embeds, masks, pooled = [], [], [], []
         with torch.no_grad():
             for start in range(0, len(captions), batch_size):
                 stop = start + batch_size
                 latents.append(self._latents(torch.tensor(pictures[start:stop])))
-                embedded, mask = cast("Any", self.text).encode_prompt(list(captions[start:stop]))
-                embeds.append(embedded.cpu())
-                whole = torch.ones(embedded.shape[:2], dtype=torch.bool)
-                masks.append(whole if mask is None else mask.bool().cpu())
+                texts = self.family.encode_texts(self.text, captions[start:stop])
+                embeds.append(texts.embeds_BMD.cpu())
+                whole = torch.ones(texts.embeds_BMD.shape[:2], dtype=torch.bool)
+                masks.append(whole if texts.mask_BM is None else texts.mask_BM.cpu())
+                if texts.pooled_BP is not None:
+                    pooled.append(texts.pooled_BP.cpu())
         longest = max(mask.shape[1] for mask in masks)
-        return {
+        tensors = {
             "latents": torch.cat(latents),
             "embeds": torch.cat([_padded(e, longest) for e in embeds]),
             "mask": torch.cat([_padded(m, longest) for m in masks]),
         }
+        return {**tensors, "pooled": torch.cat(pooled)} if pooled else tensors
 
     def _latents(self, pictures: Tensor) -> Tensor:
-        """[n, channels, rows, columns], the posterior's mean, normalised by the VAE's config."""
-        import torch
-
+        """[n, channels, rows, columns], normalised."""
         signal = pictures.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-        posterior = self.vae.encode(signal.to(self.dtype).unsqueeze(2)).latent_dist
-        raw = posterior.mode().squeeze(2).float()
-        mean = torch.tensor(self.vae.config.latents_mean, device=self.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.vae.config.latents_std, device=self.device).view(1, -1, 1, 1)
-        return ((raw - mean) / std).to(self.dtype).cpu()
+        return self.family.encode_pictures(self.vae, signal.to(self.dtype)).to(self.dtype).cpu()
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Which pictures, times and noise step s sees depends on the seed and on s alone, so a run continues
 exactly by knowing its step. Shapes: B batch, N image tokens, C latent channels of a packed token,
-M text tokens, D embedding width.
+M text tokens, D embedding width, P width of pooled embeddings.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,18 +56,22 @@ class LatentBatch:
     """The optimizer step this batch is for."""
     share: tuple[int, int] = (0, 1)
     """Which of how many equal slices of the step's whole batch this is."""
+    pooled_BP: Tensor | None = None
+    """One embedding of each whole caption, where the family reads such."""
 
     def __len__(self) -> int:
         return len(self.clean_BNC)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LatentBatch:
         """The same batch on `device`; `dtype` converts latents and embeddings."""
-        return LatentBatch(
-            self.clean_BNC.to(device, dtype, non_blocking=True),
-            self.embeds_BMD.to(device, dtype, non_blocking=True),
-            None if self.mask_BM is None else self.mask_BM.to(device, non_blocking=True),
-            self.grid, self.step, self.share,
-        )  # fmt: skip
+        mask_BM, pooled_BP = self.mask_BM, self.pooled_BP
+        return replace(
+            self,
+            clean_BNC=self.clean_BNC.to(device, dtype, non_blocking=True),
+            embeds_BMD=self.embeds_BMD.to(device, dtype, non_blocking=True),
+            mask_BM=None if mask_BM is None else mask_BM.to(device, non_blocking=True),
+            pooled_BP=None if pooled_BP is None else pooled_BP.to(device, dtype, non_blocking=True),
+        )
 
 
 def make_inputs(batch: LatentBatch, t_B: Tensor, noise_BNC: Tensor) -> Inputs:
@@ -79,6 +83,7 @@ def make_inputs(batch: LatentBatch, t_B: Tensor, noise_BNC: Tensor) -> Inputs:
         embeds_BMD=batch.embeds_BMD,
         mask_BM=batch.mask_BM,
         grid=batch.grid,
+        pooled_BP=batch.pooled_BP,
     )
 
 
@@ -115,6 +120,8 @@ class Shard:
     mask: Tensor
     """[n, M] bool."""
     captions: tuple[str, ...]
+    pooled: Tensor | None = None
+    """[n, P], where the family reads such."""
 
 
 class Latents:
@@ -159,7 +166,12 @@ class Latents:
         mask = None
         if min(lengths) < longest:
             mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-        return LatentBatch(pack(latents), embeds, mask, self.grid, step, share)
+        pools = [(self.shards[s].pooled, i) for s, i in rows]
+        pooled = [pool[i] for pool, i in pools if pool is not None]
+        return LatentBatch(
+            pack(latents), embeds, mask, self.grid, step, share,
+            torch.stack(pooled) if pooled else None,
+        )  # fmt: skip
 
     def batches(
         self,
@@ -217,5 +229,6 @@ def open_latents(store: Store, prefix: str, cache: Path | None = None) -> Latent
         folder = local_copy(store, place, cache=cache)
         tensors = load_tensors(folder / TENSORS, f"{store.url}/{place}/{TENSORS}")
         captions = tuple(json.loads((folder / CAPTIONS).read_text(encoding="utf-8")))
-        shards.append(Shard(tensors["latents"], tensors["embeds"], tensors["mask"], captions))
+        latents, embeds, mask = (tensors[name] for name in ("latents", "embeds", "mask"))
+        shards.append(Shard(latents, embeds, mask, captions, tensors.get("pooled")))
     return Latents(shards, meta.held_out)

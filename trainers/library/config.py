@@ -45,7 +45,8 @@ class LibraryConfig(TrainingConfig):
     """The library: which replacements may be offered, and how they are trained."""
 
     widths: tuple[Ffn, ...] = Field((1.0, 0.5), min_length=1)
-    """Kept fractions of the FFN that are offered for every span, or `linear`."""
+    """Kept fractions of the FFN that are offered for every span, or `linear`. Here and below: only
+    where the teacher's blocks can have it."""
 
     texts: tuple[Text, ...] = ("dual",)
     """How replacements may treat text: `dual`, `projected`, `shared`, as in a plan."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers.students.families import family_named
-from trainers.students.families.base import Config
+from trainers.students.families.base import Config, check_plan
 from trainers.students.plan import Plan
 
 
 def plan_parameters(plan: Plan, config: Config) -> int:
-    """Parameters of the student's transformer; `config` is the teacher's transformer config."""
+    """Parameters of the student's transformer; `config` is the teacher's transformer config.
+
+    PlanError when the plan is not for a teacher with this config.
+    """
     family = family_named(plan.family)
+    check_plan(family, config, plan)
     blocks = sum(family.block_parameters(config, block) for block in plan.blocks)
     return family.outside_parameters(config) + blocks
 

@@ -42,15 +42,15 @@ def plug(student: nn.Module, plan: Plan, teacher: nn.Module, plugged: Plan) -> n
     everything else the student's, of which it shares the tensors."""
     family = family_named(plan.family)
     config: Config = dict(cast("Any", teacher).config)
-    prefix = family.block_prefix()
+    prefixes = family.block_prefixes(config, plan)
     own, theirs = family.block_modules(student), family.block_modules(teacher)
     place = {block: i for i, block in enumerate(plan.blocks)}
     tensors: dict[str, Tensor] = {
-        name: t for name, t in student.state_dict().items() if not name.startswith(prefix)
+        name: t for name, t in student.state_dict().items() if not name.startswith(prefixes)
     }
-    for i, block in enumerate(plugged.blocks):
+    for prefix, block in zip(family.block_prefixes(config, plugged), plugged.blocks, strict=True):
         source = own[place[block]] if block in place else theirs[block.span[0]]
-        tensors |= {f"{prefix}{i}.{name}": t for name, t in source.state_dict().items()}
+        tensors |= {f"{prefix}{name}": t for name, t in source.state_dict().items()}
     built = family.build(config, plugged, "meta")
     built.load_state_dict(tensors, assign=True)
     return built

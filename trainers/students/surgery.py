@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from storage.errors import EspalierError
 from trainers.students.families import family_named
-from trainers.students.families.base import Config, Family
-from trainers.students.plan import BlockPlan, Plan
+from trainers.students.families.base import Config, Family, check_plan
+from trainers.students.plan import BlockPlan, Plan, identity_plan
 
 Fits = Mapping[int, Mapping[str, Tensor]]
 """Linear maps fitted to each teacher block, named as in a student block: trainers/students/fits."""
@@ -87,26 +87,22 @@ def assemble(
 
     Blocks that start from the library take their weights from `library(block)`; SurgeryError
     names the block when they are missing or of another shape; the linear maps of others start from
-    `fits`. The outside of the blocks is the
-    teacher's.
+    `fits`. The outside of the blocks is the teacher's. PlanError when the plan is not for this
+    teacher.
     """
     family = family_named(plan.family)
     config: Config = dict(cast("Any", teacher).config)
+    check_plan(family, config, plan)
     teacher_blocks = family.block_modules(teacher)
-    if len(teacher_blocks) != plan.teacher_blocks:
-        raise SurgeryError(
-            f"the plan is for a teacher of {plan.teacher_blocks} blocks, this one has "
-            f"{len(teacher_blocks)}; give the teacher that the plan was made for"
-        )
-    prefix = family.block_prefix()
-    outside = {k: v for k, v in teacher.state_dict().items() if not k.startswith(prefix)}
+    inside = family.block_prefixes(config, identity_plan(plan.family, plan.teacher_blocks))
+    outside = {k: v for k, v in teacher.state_dict().items() if not k.startswith(inside)}
     tensors = _copies(outside)
-    for i, block in enumerate(plan.blocks):
+    for prefix, block in zip(family.block_prefixes(config, plan), plan.blocks, strict=True):
         if block.start == "library":
             made = _from_library(family, config, teacher_blocks[0], block, library)
         else:
             made = make_block(family, config, teacher_blocks, block, fits=fits).state_dict()
-        tensors |= {f"{prefix}{i}.{name}": tensor for name, tensor in made.items()}
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in made.items()}
     return _filled(family.build(config, plan, "meta"), tensors)
 
 

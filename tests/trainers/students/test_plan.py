@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.trainers.students.tiny import plans
 from trainers.students.plan import (
     BlockPlan,
     Plan,
@@ -21,25 +20,6 @@ from trainers.students.plan import (
 
 def plan(*spans: tuple[int, int], teacher_blocks: int = 6) -> Plan:
     blocks = tuple(BlockPlan(span=span) for span in spans)
-    return Plan(family="qwen_image", teacher_blocks=teacher_blocks, blocks=blocks)
-
-
-@st.composite
-def plans(draw: st.DrawFn, teacher_blocks: int = 6) -> Plan:
-    """Any valid plan."""
-    cuts = draw(st.sets(st.integers(1, teacher_blocks - 1)))
-    edges = [0, *sorted(cuts), teacher_blocks]
-    blocks = tuple(
-        BlockPlan(
-            span=(u, v - 1),
-            start=draw(st.sampled_from(["first", "middle", "average", "library"])),
-            ffn=draw(st.sampled_from([1.0, 0.75, 0.5, 0.3, 0.01, "linear"])),
-            text=draw(
-                st.sampled_from(["dual", "projected", "shared"] if u else ["dual", "shared"])
-            ),
-        )
-        for u, v in itertools.pairwise(edges)
-    )
     return Plan(family="qwen_image", teacher_blocks=teacher_blocks, blocks=blocks)
 
 

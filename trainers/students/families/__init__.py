@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from trainers.students.families.base import Config, Family, FamilyError
+from trainers.students.families.flux import FluxFamily
 from trainers.students.families.qwen_image import QwenImageFamily
 
-FAMILIES: dict[str, Family] = {"qwen_image": QwenImageFamily()}
+FAMILIES: dict[str, Family] = {"qwen_image": QwenImageFamily(), "flux": FluxFamily()}
 
-_CLASSES = {"QwenImageTransformer2DModel": "qwen_image"}
+_CLASSES = {"QwenImageTransformer2DModel": "qwen_image", "FluxTransformer2DModel": "flux"}
 
 
 def family_named(name: str) -> Family:

@@ -5,15 +5,16 @@ Shapes: B batch, N image tokens, M text tokens, D width, C latent channels of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from storage.errors import EspalierError
-from trainers.students.plan import BlockPlan, Plan
+from trainers.students.plan import BlockPlan, Plan, PlanError
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 Config = Mapping[str, Any]
@@ -46,6 +47,14 @@ class MapPair(NamedTuple):
     """Whether the tokens are the text's, of which some may be padding."""
 
 
+class Texts(NamedTuple):
+    """Captions as a pipeline's text encoders read them; see Inputs."""
+
+    embeds_BMD: Tensor
+    mask_BM: Tensor | None = None
+    pooled_BP: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One batch as the transformer reads it."""
@@ -60,6 +69,9 @@ class Inputs:
     """bool, true for real text tokens; None when all are."""
     grid: tuple[int, int]
     """Rows and columns of image tokens; N is their product."""
+    pooled_BP: Tensor | None = None
+    """One embedding of each whole text, in the width of the encoder that pools it; None where the
+    family reads no such thing."""
 
 
 class Family(Protocol):
@@ -71,6 +83,10 @@ class Family(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def published(self) -> Config:
+        """The transformer config of the family's best-known model."""
 
     def check(self, config: Config, where: str) -> None:
         """FamilyError when the config asks for what this family cannot take apart."""
@@ -87,8 +103,14 @@ class Family(Protocol):
     def ffn_width(self, config: Config, fraction: float) -> int:
         """Hidden channels of a feed-forward network of which `fraction` is kept; at least 1."""
 
+    def refusal(self, config: Config, block: BlockPlan) -> str | None:
+        """Why no student can have this block, as a clause; None when one can."""
+
     def student_config(self, config: Config, plan: Plan) -> dict[str, Any]:
         """The student's own config, with the name of its class under `_class_name`."""
+
+    def teacher_config(self, config: Config, plan: Plan) -> Config:
+        """The sizes of the teacher by the config of a student of this plan."""
 
     def student_class(self, plan: Plan) -> tuple[str, str]:
         """Library and class as model_index.json names them."""
@@ -100,7 +122,10 @@ class Family(Protocol):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The student with uninitialised weights, of the stock class when only depth changes."""
+        """The student with uninitialised weights, of the stock class when only depth changes.
+
+        PlanError when the plan is not for a teacher with this config.
+        """
 
     def build_block(
         self,
@@ -114,8 +139,15 @@ class Family(Protocol):
     def block_modules(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a model, in order."""
 
-    def block_prefix(self) -> str:
-        """What precedes the number of a block in a parameter's name, the last dot included."""
+    def block_prefixes(self, config: Config, plan: Plan) -> tuple[str, ...]:
+        """What the names of each student block's parameters begin with, the dot included."""
+
+    def encode_pictures(self, vae: nn.Module, signal_BCHW: Tensor) -> Tensor:
+        """What the transformer learns to draw, of pictures in [-1, 1]: the mean of the
+        autoencoder's posterior, normalised, float32 [B, channels, rows, columns], not packed."""
+
+    def encode_texts(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Texts:
+        """What the transformer reads of captions."""
 
     def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
         """Everything before the first block."""
@@ -145,10 +177,25 @@ class Family(Protocol):
         """Runs a teacher block; with the state after it, what each map should learn from it."""
 
     def ffns(self, block: nn.Module) -> dict[str, nn.Module]:
-        """The feed-forward networks whose width may be cut, by name ("image", "text")."""
+        """The feed-forward networks whose width may be cut, by name ("image", "text"); the block
+        itself where its only one is fused with attention."""
 
     def ffn_importance(self, ffn: nn.Module) -> Tensor:
         """Importance of each hidden channel [hidden], from the weights alone."""
 
     def ffn_tensors(self, name: str, ffn: nn.Module, kept: Tensor) -> dict[str, Tensor]:
         """The weights of ffns(block)[name] on the hidden channels `kept`, by name in the block."""
+
+
+def check_plan(family: Family, config: Config, plan: Plan) -> None:
+    """PlanError, naming what is wrong, when the plan is not for a teacher with this config."""
+    blocks = family.blocks(config)
+    if blocks != plan.teacher_blocks:
+        raise PlanError(
+            f"the plan is for a teacher of {plan.teacher_blocks} blocks, this one has {blocks}; "
+            "give the teacher that the plan was made for"
+        )
+    for i, block in enumerate(plan.blocks):
+        refusal = family.refusal(config, block)
+        if refusal is not None:
+            raise PlanError(f"block {i}: {refusal}")

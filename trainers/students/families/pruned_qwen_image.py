@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -24,7 +23,8 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor, nn
 
 from trainers.students.families.base import Inputs
-from trainers.students.families.qwen_image import BlockShape, QwenImageFamily
+from trainers.students.families.parts import BlockShape, ffn_or_map, narrow_ffn
+from trainers.students.families.qwen_image import QwenImageFamily
 
 Rope = tuple[Tensor, Tensor]
 
@@ -39,7 +39,7 @@ def make_block(dim: int, heads: int, head_dim: int, shape: BlockShape) -> nn.Mod
     assert shape.ffn is not None
     for name in ("img_mlp", "txt_mlp"):
         if getattr(block, name).net[2].in_features != shape.ffn:
-            setattr(block, name, _ffn(dim, shape.ffn))
+            setattr(block, name, narrow_ffn(dim, shape.ffn))
     return block
 
 
@@ -68,10 +68,10 @@ class PrunedQwenImageBlock(nn.Module):
             qk_norm="rms_norm",
             eps=1e-6,
         )
-        self.img_mlp = _ffn_or_map(dim, shape.ffn)
+        self.img_mlp = ffn_or_map(dim, shape.ffn)
         if shape.text == "dual":
             self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, per_stream))
-            self.txt_mlp = _ffn_or_map(dim, shape.ffn)
+            self.txt_mlp = ffn_or_map(dim, shape.ffn)
         if shape.text == "projected":
             self.txt_proj = nn.Linear(dim, dim)
             if shape.text_map:
@@ -246,11 +246,3 @@ def _queries_keys_values(
     query = apply_rotary_emb_qwen(norm_query(query), rope, use_real=False)
     key = apply_rotary_emb_qwen(norm_key(key), rope, use_real=False)
     return query, key, value
-
-
-def _ffn(dim: int, hidden: int) -> FeedForward:
-    return FeedForward(dim=dim, dim_out=dim, inner_dim=hidden, activation_fn="gelu-approximate")
-
-
-def _ffn_or_map(dim: int, hidden: int | None) -> nn.Module:
-    return nn.Linear(dim, dim) if hidden is None else _ffn(dim, hidden)

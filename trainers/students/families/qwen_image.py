@@ -5,9 +5,8 @@ Shapes: B batch, N image tokens, M text tokens, D width, C latent channels of a 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
@@ -18,21 +17,45 @@ from trainers.students.families.base import (
     Inputs,
     MapPair,
     State,
+    Texts,
+    check_plan,
 )
-from trainers.students.plan import BlockPlan, Plan, Text
+from trainers.students.families.parts import (
+    TIMESTEP_CHANNELS,
+    BlockShape,
+    DualNames,
+    dual_block_parameters,
+    ffn_importance,
+    ffn_width,
+    linear_parameters,
+    materialise,
+    read_by,
+)
+from trainers.students.plan import BlockPlan, Plan
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import QwenImageTransformer2DModel
-    from diffusers.models.attention import FeedForward
+    from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
     from torch import Tensor, nn
 
-FFN_MULTIPLE = 4
-"""Hidden channels of a stock block's FFN per channel of width; fixed in diffusers."""
+QWEN_IMAGE: Config = {
+    "_class_name": "QwenImageTransformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [16, 56, 56],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 3584,
+    "num_attention_heads": 24,
+    "num_layers": 60,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+"""transformer/config.json of Qwen/Qwen-Image."""
 
-TIMESTEP_CHANNELS = 256
-"""Sinusoidal channels that the timestep embedding reads; fixed in diffusers."""
+_NAMES = DualNames(
+    image_mod="img_mod.1", text_mod="txt_mod.1", image_ffn="img_mlp", text_ffn="txt_mlp"
+)
 
 
 @dataclass(frozen=True)
@@ -65,20 +88,6 @@ class _Sizes:
         return self.heads * self.head_dim
 
 
-class BlockShape(NamedTuple):
-    """What a student block is made of, apart from the width."""
-
-    ffn: int | None
-    """Hidden channels of each FFN; None for a linear map in its place."""
-    text: Text
-    text_map: bool
-
-    @property
-    def stock(self) -> bool:
-        """Whether the stock class holds it, with other FFNs at most."""
-        return self.ffn is not None and self.text == "dual"
-
-
 class _Context(NamedTuple):
     time_BD: Tensor
     rope: tuple[Tensor, Tensor]
@@ -89,6 +98,8 @@ class QwenImageFamily:
     """See trainers.students.families.base.Family."""
 
     name = "qwen_image"
+
+    published = QWEN_IMAGE
 
     def check(self, config: Config, where: str) -> None:
         # Editing variants feed extra conditions through the blocks.
@@ -104,35 +115,22 @@ class QwenImageFamily:
 
     def outside_parameters(self, config: Config) -> int:
         sizes = _Sizes.of(config)
-        d = sizes.width
-        time = _linear(TIMESTEP_CHANNELS, d) + _linear(d, d)
-        text = sizes.text_width + _linear(sizes.text_width, d)
-        image = _linear(sizes.in_channels, d)
-        out = _linear(d, 2 * d) + _linear(d, sizes.patch**2 * sizes.out_channels)
+        d, linear = sizes.width, linear_parameters
+        time = linear(TIMESTEP_CHANNELS, d) + linear(d, d)
+        text = sizes.text_width + linear(sizes.text_width, d)
+        image = linear(sizes.in_channels, d)
+        out = linear(d, 2 * d) + linear(d, sizes.patch**2 * sizes.out_channels)
         return time + text + image + out
 
     def block_parameters(self, config: Config, block: BlockPlan) -> int:
         sizes = _Sizes.of(config)
-        d, shape = sizes.width, self._shape(config, block)
-        attention = 4 * _linear(d, d) + 2 * sizes.head_dim
-        if shape.ffn is None:
-            branch = _linear(d, 3 * d) + _linear(d, d)
-        else:
-            branch = _linear(d, 6 * d) + _linear(d, shape.ffn) + _linear(shape.ffn, d)
-        match shape.text:
-            case "dual":
-                return 2 * (attention + branch)
-            case "projected":  # the text's attention layers stay, its output's unread (as PPCL's)
-                return 2 * attention + branch + (1 + shape.text_map) * _linear(d, d)
-            case "shared":
-                return attention + branch
+        return dual_block_parameters(sizes.width, sizes.head_dim, BlockShape.of(sizes.width, block))
 
     def ffn_width(self, config: Config, fraction: float) -> int:
-        return max(1, round(fraction * FFN_MULTIPLE * _Sizes.of(config).width))
+        return ffn_width(_Sizes.of(config).width, fraction)
 
-    def _shape(self, config: Config, block: BlockPlan) -> BlockShape:
-        ffn = None if block.ffn == "linear" else self.ffn_width(config, block.ffn)
-        return BlockShape(ffn, block.text, block.text_map)
+    def refusal(self, config: Config, block: BlockPlan) -> str | None:
+        return None
 
     def student_config(self, config: Config, plan: Plan) -> dict[str, Any]:
         from diffusers import QwenImageTransformer2DModel
@@ -141,8 +139,12 @@ class QwenImageFamily:
         own = {key: value for key, value in config.items() if key in known}
         own |= {"_class_name": self.student_class(plan)[1], "num_layers": len(plan.blocks)}
         if not plan.depth_only:
-            own["block_shapes"] = [self._shape(config, b)._asdict() for b in plan.blocks]
+            width = _Sizes.of(config).width
+            own["block_shapes"] = [BlockShape.of(width, b)._asdict() for b in plan.blocks]
         return own
+
+    def teacher_config(self, config: Config, plan: Plan) -> Config:
+        return {**config, "num_layers": plan.teacher_blocks}
 
     def student_class(self, plan: Plan) -> tuple[str, str]:
         if plan.depth_only:
@@ -159,6 +161,7 @@ class QwenImageFamily:
         import diffusers
         from accelerate import init_empty_weights
 
+        check_plan(self, config, plan)
         own = self.student_config(config, plan)
         own.pop("_class_name")
         # Only parameters go to the meta device: the rotary tables, no buffers, must stay real.
@@ -169,7 +172,7 @@ class QwenImageFamily:
                 import trainers
 
                 model = trainers.PrunedQwenImageTransformer2DModel(**own)
-        return _materialise(model, device, dtype)
+        return materialise(model, device, dtype)
 
     def build_block(
         self,
@@ -182,55 +185,45 @@ class QwenImageFamily:
 
         from trainers.students.families.pruned_qwen_image import make_block
 
-        sizes, shape = _Sizes.of(config), self._shape(config, block)
+        sizes = _Sizes.of(config)
+        shape = BlockShape.of(sizes.width, block)
         with init_empty_weights():
             built = make_block(sizes.width, sizes.heads, sizes.head_dim, shape)
-        return _materialise(built, device, dtype)
+        return materialise(built, device, dtype)
 
     def block_tensors(self, block: BlockPlan, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = dict(whole)
-        if block.ffn == "linear":
-            tensors = {k: t for k, t in tensors.items() if "_mlp." not in k}
-            for stream in ("img", "txt"):  # what is left of the modulation is attention's half
-                for kind in ("weight", "bias"):
-                    name = f"{stream}_mod.1.{kind}"
-                    tensors[name] = tensors[name].chunk(2)[0]
-        if block.text != "dual":
-            tensors = {k: t for k, t in tensors.items() if not k.startswith(("txt_mod", "txt_mlp"))}
-        if block.text == "shared":
-            tensors = {k: t for k, t in tensors.items() if ".add_" not in k and "_add" not in k}
-        return tensors
+        return _NAMES.kept(block, whole)
 
     def maps(self, block: BlockPlan) -> tuple[str, ...]:
-        ffns = ("img_mlp", *(["txt_mlp"] if block.text == "dual" else []))
-        return (
-            *(ffns if block.ffn == "linear" else ()),
-            *(["txt_proj"] if block.text == "projected" else []),
-            *(["txt_map"] if block.text_map else []),
-        )
+        return _NAMES.maps(block)
 
     def map_pairs(
         self, block: nn.Module, state: State, context: Context
     ) -> tuple[State, dict[str, MapPair]]:
         stock = cast("QwenImageTransformerBlock", block)
-        with _read_by(stock.img_norm2) as image, _read_by(stock.txt_norm2) as text:
+        with read_by(stock.img_norm2) as image, read_by(stock.txt_norm2) as text:
             after = self.run_block(block, state, context)
-        image_BND, text_BMD = image[0], text[0]
-        pairs = {
-            "img_mlp": MapPair(image_BND, after.image_BND - image_BND, text=False),
-            "txt_mlp": MapPair(text_BMD, after.text_BMD - text_BMD, text=True),
-            "txt_map": MapPair(state.text_BMD, after.text_BMD - state.text_BMD, text=True),
-        }
-        if state.modulated_BMD is not None and after.modulated_BMD is not None:
-            change_BMD = after.modulated_BMD - state.modulated_BMD
-            pairs["txt_proj"] = MapPair(state.modulated_BMD, change_BMD, text=True)
-        return after, pairs
+        return after, _NAMES.map_pairs(state, after, image[0], text[0])
 
     def block_modules(self, model: nn.Module) -> nn.ModuleList:
         return cast("QwenImageTransformer2DModel", model).transformer_blocks
 
-    def block_prefix(self) -> str:
-        return "transformer_blocks."
+    def block_prefixes(self, config: Config, plan: Plan) -> tuple[str, ...]:
+        return tuple(f"transformer_blocks.{i}." for i in range(len(plan.blocks)))
+
+    def encode_pictures(self, vae: nn.Module, signal_BCHW: Tensor) -> Tensor:
+        autoencoder = cast("Any", vae)  # of video: a picture is one frame
+        raw_BCHW = autoencoder.encode(signal_BCHW.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        raw_BCHW = raw_BCHW.float()
+        mean, std = (
+            raw_BCHW.new_tensor(values).view(1, -1, 1, 1)
+            for values in (autoencoder.config.latents_mean, autoencoder.config.latents_std)
+        )
+        return cast("Tensor", (raw_BCHW - mean) / std)
+
+    def encode_texts(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Texts:
+        embeds_BMD, mask_BM = pipeline.encode_prompt(list(captions))
+        return Texts(embeds_BMD, None if mask_BM is None else mask_BM.bool())
 
     def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
         from diffusers.models.transformers.transformer_qwenimage import (
@@ -253,7 +246,7 @@ class QwenImageFamily:
         if isinstance(block, PrunedQwenImageBlock):
             return State(*block(*state, context.mask_BM, context.time_BD, context.rope))
         attn = cast("QwenImageTransformerBlock", block).attn
-        with _read_by(attn, "encoder_hidden_states") as modulated:
+        with read_by(attn, "encoder_hidden_states") as modulated:
             text_BMD, image_BND = block(
                 hidden_states=state.image_BND,
                 encoder_hidden_states=state.text_BMD,
@@ -280,63 +273,14 @@ class QwenImageFamily:
         return cast("Tensor", velocity_BNC)
 
     def ffns(self, block: nn.Module) -> dict[str, nn.Module]:
-        return {name: getattr(block, attribute) for name, attribute in _FFNS.items()}
+        return _NAMES.ffns(block)
 
     def ffn_importance(self, ffn: nn.Module) -> Tensor:
-        read, write = _ffn_layers(ffn)
-        return read.weight.float().norm(dim=1) * write.weight.float().norm(dim=0)
+        return ffn_importance(ffn)
 
     def ffn_tensors(self, name: str, ffn: nn.Module, kept: Tensor) -> dict[str, Tensor]:
-        read, write = _ffn_layers(ffn)
-        prefix = f"{_FFNS[name]}.net"
-        return {
-            f"{prefix}.0.proj.weight": read.weight[kept],
-            f"{prefix}.0.proj.bias": read.bias[kept],
-            f"{prefix}.2.weight": write.weight[:, kept],
-            f"{prefix}.2.bias": write.bias,
-        }
-
-
-@contextlib.contextmanager
-def _read_by(module: nn.Module, keyword: str | None = None) -> Iterator[list[Tensor]]:
-    """Collects what a module is called with: its first argument, or a keyword's.
-
-    A hook, because a sharded block has its weights only inside its own `forward`.
-    """
-    read: list[Tensor] = []
-
-    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        read.append(keywords[keyword] if keyword else arguments[0])
-
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield read
-    finally:
-        handle.remove()
-
-
-_FFNS = {"image": "img_mlp", "text": "txt_mlp"}
-
-
-def _ffn_layers(ffn: nn.Module) -> tuple[nn.Linear, nn.Linear]:
-    """The layer into the hidden channels and the one out of them."""
-    net = cast("FeedForward", ffn).net
-    return cast("nn.Linear", net[0].proj), cast("nn.Linear", net[2])
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
+        return _NAMES.ffn_tensors(name, ffn, kept)
 
 
 def _picture_shapes(inputs: Inputs) -> list[list[tuple[int, int, int]]]:
     return [[(1, *inputs.grid)]] * len(inputs.noisy_BNC)
-
-
-def _materialise(
-    module: nn.Module, device: torch.device | str, dtype: torch.dtype | None
-) -> nn.Module:
-    import torch
-
-    if dtype is not None:
-        module = module.to(dtype)
-    return module if torch.device(device).type == "meta" else module.to_empty(device=device)

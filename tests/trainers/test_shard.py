@@ -1,0 +1,48 @@
+"""A sharded model computes what the whole one does, in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed
+
+from tests.trainers.students.tiny import FAMILY_TEACHERS, Tiny
+from trainers.distilled import Distilled, Observed
+from trainers.students.surgery import assemble
+from trainers.worker import shard
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    """A group of this process alone: what is gathered and cast does not depend on its size."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tiny", FAMILY_TEACHERS, ids=lambda tiny: tiny.name)
+def test_sharding_changes_nothing_in_low_precision(tiny: Tiny):
+    half, inputs = torch.bfloat16, tiny.inputs(padded=False)
+    inputs = replace(
+        inputs,
+        noisy_BNC=inputs.noisy_BNC.to(half),
+        timestep_B=inputs.timestep_B.to(half),
+        embeds_BMD=inputs.embeds_BMD.to(half),
+        pooled_BP=inputs.pooled_BP.to(half),
+    )
+    model = tiny.model().to(half)
+    student = assemble(model, tiny.cut)
+    expected = [tiny.family.forward(each, inputs) for each in (model, student)]
+    observed = Observed(tiny.family, model)
+    distilled = Distilled(tiny.family, student.float(), tiny.cut)
+    for module in (observed, distilled):
+        shard(module, torch.device("cpu"), half)
+    assert torch.equal(observed(inputs), expected[0])
+    assert torch.equal(distilled(inputs), expected[1])
+    states = observed(inputs, {0, 3, 6})
+    after = distilled(inputs, [states[first] for first in (0, 3)])
+    assert [state.image_BND.dtype for state in after] == [half, half]
