@@ -61,6 +61,9 @@ class Analysis:
     influence: Tensor
     """[L]: 1 − the mean cosine of tokens before and after the block (ShortGPT's Block Influence),
     mean of the two streams."""
+    ffn_error: Tensor
+    """[L]: what linear maps fitted in place of the FFNs leave, as a part of what constants would,
+    mean over the streams; infinite where a block cannot have them."""
     image_cka: Tensor
     """[L, L]: CKA of the image stream's states after each pair of blocks."""
     text_cka: Tensor
@@ -152,4 +155,12 @@ def nominate(
     return list(chosen)
 
 
-_TENSORS = ("importance", "influence", "image_cka", "text_cka", "image_chain", "text_chain")
+_TENSORS = (
+    "importance",
+    "influence",
+    "ffn_error",
+    "image_cka",
+    "text_cka",
+    "image_chain",
+    "text_chain",
+)

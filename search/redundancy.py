@@ -22,7 +22,7 @@ from search.cka import aligned, cka_map, kernel
 from trainers.data.latents import Latents, generator_at, make_inputs
 from trainers.progress import Progress, silent
 from trainers.students.families.base import Context, Family, Inputs, State
-from trainers.students.fits import fit_maps, least_squares
+from trainers.students.fits import gather_maps, least_squares, solve_maps
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import Fits, make_block
 
@@ -62,11 +62,12 @@ def analyse(
     probes = {name: stream.probes() for name, stream in streams.items()}
 
     effects = _Effects(len(blocks), config.bands, candidates)
-    wanted = {
-        i: {name for v in effects.variants if v.span[0] == i for name in family.maps(v)}
-        for i in {variant.span[0] for variant in effects.variants}
-    }
-    fits = fit_maps(teacher, family, (inputs for inputs, _ in batches), wanted)
+    ffns = [_ffn_maps(teacher, family, i) for i in range(len(blocks))]
+    wanted = {i: set(names) for i, names in enumerate(ffns)}
+    for variant in effects.variants:
+        wanted[variant.span[0]].update(family.maps(variant))
+    sums = gather_maps(teacher, family, (inputs for inputs, _ in batches), wanted)
+    fits = solve_maps(sums)
     for index, (inputs, bands) in enumerate(batches):
         _measure_effects(effects, teacher, family, blocks, inputs, bands, probes, fits)
         progress.update(len(batches) + index + 1, total)
@@ -77,6 +78,12 @@ def analyse(
         bands=_band_names(config.bands),
         importance=effects.importance(),
         influence=(streams["image"].influence() + streams["text"].influence()) / 2,
+        ffn_error=torch.tensor(
+            [
+                sum(sums[i, name].error() for name in names) / len(names) if names else math.inf
+                for i, names in enumerate(ffns)
+            ]
+        ),
         image_cka=maps["image"],
         text_cka=maps["text"],
         image_chain=chains["image"],
@@ -201,6 +208,13 @@ def _measure_effects(
         changed = make_block(family, config, blocks, variant, fits=fits)
         after = family.run_block(changed, states[i], context)
         effects.variants[variant] += float(change(after, i).sum())
+
+
+def _ffn_maps(teacher: nn.Module, family: Family, i: int) -> tuple[str, ...]:
+    """The maps that would stand for the FFNs of a block; none where it cannot have them."""
+    linear = BlockPlan(span=(i, i), ffn="linear")
+    refused = family.refusal(dict(cast("Any", teacher).config), linear)
+    return () if refused else family.maps(linear)
 
 
 def _variants(block: BlockPlan) -> list[BlockPlan]:

@@ -101,19 +101,49 @@ def ppcl_intervals(analysis: Analysis) -> list[tuple[Span, float]]:
 
 
 def ppcl(ground: Ground, limit: int) -> Plan | None:
-    """PPCL's plan under a limit; None when even all its intervals leave the student too large.
+    """PPCL's plan under a limit (METHODS.md, PPCL 2 to 5); None out of its reach.
 
     The paper gives one plan, and larger ones by plugging blocks back. Silent: which. Here the
-    intervals of lowest CKA go back first, as long as the student stays under the limit.
+    intervals of lowest CKA go back first, as long as the student stays under the limit. Where all
+    intervals leave it too large, width goes on as in the paper: text is projected where its
+    streams before and after are most alike, then FFNs become linear where their maps fit best.
     """
     spans = dict(ppcl_intervals(ground.analysis))
-    if ground.parameters(ground.plan(list(spans))) > limit:
-        return None
+    whole = ground.plan(list(spans))
+    if ground.parameters(whole) > limit:
+        return _narrowed(ground, whole, limit)
     for span in sorted(spans, key=lambda span: (spans[span], span)):
         without = [other for other in spans if other != span]
         if ground.parameters(ground.plan(without)) <= limit:
             del spans[span]
     return ground.plan(list(spans))
+
+
+def _narrowed(ground: Ground, plan: Plan, limit: int) -> Plan | None:
+    text_cka, ffn_error = ground.analysis.text_cka, ground.analysis.ffn_error
+    blocks = list(plan.blocks)
+
+    def unlike(i: int) -> float:
+        first, last = blocks[i].span
+        return -float(text_cka[first - 1, last])
+
+    def misfit(i: int) -> float:
+        first, last = blocks[i].span
+        return float(ffn_error[first : last + 1].mean())
+
+    family = family_named(ground.family)
+    steps = (({"text": "projected"}, unlike, 1), ({"ffn": "linear"}, misfit, 0))
+    for change, order, start in steps:
+        for i in sorted(range(start, len(blocks)), key=lambda i: (order(i), i)):
+            changed = {**blocks[i].model_dump(), **change, "start": "library"}
+            block = BlockPlan.model_validate(changed)
+            if family.refusal(ground.config, block) is not None:
+                continue
+            blocks[i] = block
+            made = plan.model_copy(update={"blocks": tuple(blocks)})
+            if ground.parameters(made) <= limit:
+                return made
+    return None
 
 
 def amber(ground: Ground, limit: int) -> Plan | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.study.masks import masked_plan
 from benchmarks.study.setting import Setting, Trained
 from search.analyse import Analysis
-from search.rules import Ground, amber, influence, ppcl, ppcl_intervals, uniform
+from search.rules import Ground, amber, influence, ppcl, uniform
 from search.solver import Piece
 from search.space import Space
 from trainers.evaluate import fidelity_loss
@@ -81,38 +81,6 @@ def hierarchical(case: Case) -> Plan | None:
     return influence(replace(case.ground, analysis=weighted), case.limit)
 
 
-def ppcl_with_width(case: Case) -> Plan | None:
-    """PPCL: its intervals; where they do not reach the budget, width as the paper goes on: linear
-    FFNs, then projected text, in the blocks where the analysis expects least damage."""
-    plan = ppcl(case.ground, case.limit)
-    if plan is not None:
-        return plan
-    damages = case.ground.analysis.damages
-    blocks = list(case.ground.plan([s for s, _ in ppcl_intervals(case.ground.analysis)]).blocks)
-    for changes in ({"ffn": "linear"}, {"text": "projected"}):
-
-        def hurt(i: int, changes: dict[str, str] = changes) -> float:
-            first, last = blocks[i].span
-            alone = [
-                damages.get(BlockPlan(span=(j, j), start="library", **changes), math.inf)
-                for j in range(first, last + 1)
-            ]
-            return sum(alone) / len(alone)
-
-        for i in sorted(range(1, len(blocks)), key=hurt):
-            blocks[i] = BlockPlan.model_validate(
-                {**blocks[i].model_dump(), **changes, "start": "library"}
-            )
-            whole = Plan(
-                family=case.ground.family,
-                teacher_blocks=case.ground.teacher_blocks,
-                blocks=tuple(blocks),
-            )
-            if case.ground.parameters(whole) <= case.limit:
-                return whole
-    return None
-
-
 def puzzle(case: Case, trained: Trained) -> Plan:
     """The exact combination of least summed damage over the library (Puzzle's way)."""
     return _space(case, trained).exact(case.limit)[0]
@@ -135,6 +103,10 @@ def espalier(case: Case, trained: Trained) -> Plan:
     return min(plans, key=loss)
 
 
+def _ppcl(case: Case) -> Plan | None:
+    return ppcl(case.ground, case.limit)
+
+
 METHODS: tuple[Method, ...] = (
     Method("uniform", lambda case: uniform(case.ground, case.limit)),
     Method("random", random_plan),
@@ -147,7 +119,7 @@ METHODS: tuple[Method, ...] = (
     Method("TinyFusion masks", masked_plan, start="first", trained=None),
     Method("HierarchicalPrune", hierarchical, start="first", trained=None, frozen=1 / 3),
     Method("Puzzle", lambda case: None, choose=puzzle),
-    Method("PPCL", ppcl_with_width),
+    Method("PPCL", _ppcl),
     Method("Amber", lambda case: amber(case.ground, case.limit), start="average", loss="diffusion"),
     Method("Espalier", lambda case: None, choose=espalier),
 )
@@ -156,9 +128,9 @@ METHODS: tuple[Method, ...] = (
 ABLATIONS: tuple[Method, ...] = (
     Method("PPCL, CKA of the states themselves", lambda case: _ppcl_on(case, _without_probes)),
     Method("PPCL, one threshold", lambda case: _threshold(case)),
-    Method("PPCL, in sequence", ppcl_with_width, trained="in sequence"),
-    Method("PPCL, first block", ppcl_with_width, start="first"),
-    Method("PPCL, average", ppcl_with_width, start="average"),
+    Method("PPCL, in sequence", _ppcl, trained="in sequence"),
+    Method("PPCL, first block", _ppcl, start="first"),
+    Method("PPCL, average", _ppcl, start="average"),
     Method(
         "Amber, first block",
         lambda case: amber(case.ground, case.limit),
@@ -206,7 +178,7 @@ def _without_probes(analysis: Analysis) -> Analysis:
 
 def _ppcl_on(case: Case, change: Callable[[Analysis], Analysis]) -> Plan | None:
     ground = replace(case.ground, analysis=change(case.ground.analysis))
-    return ppcl_with_width(replace(case, ground=ground))
+    return ppcl(ground, case.limit)
 
 
 def _threshold(case: Case) -> Plan | None:

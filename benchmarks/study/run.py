@@ -79,7 +79,7 @@ def run_seed(
         for start, blocks in needed(case, [method for method, _ in todo]).items():
             wanted.setdefault(start, []).extend(blocks)
     offered = nominate(
-        {b: d for b, d in ground.analysis.damages.items() if b in setting.sweep.candidates},
+        ground.analysis.damages,
         setting.family.name,
         setting.config,
         sorted(limits.values(), reverse=True),

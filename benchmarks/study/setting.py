@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from search.analyse import Analysis
 from search.redundancy import analyse
 from search.rules import Ground
-from search.space import candidates
 from search.sweep import Sweep
 from trainers.data.latents import Latents, training_inputs
 from trainers.evaluate import (
@@ -67,12 +66,8 @@ class Setting:
 
     def analysis(self, seed: int) -> Analysis:
         """The teacher as measured on the calibration pictures of a seed."""
-        longest = self.sweep.config.library.max_span
-        offered = candidates(
-            self.sweep.teacher_blocks, longest, (1.0, 0.5, "linear"), ("dual", "projected")
-        )
         config = self.sweep.config.analyse
-        return analyse(self.teacher, self.family, self.latents, offered, config, seed)
+        return analyse(self.teacher, self.family, self.latents, self.sweep.candidates, config, seed)
 
     def ground(self, analysis: Analysis) -> Ground:
         return Ground(self.family.name, self.config, analysis)

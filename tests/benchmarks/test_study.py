@@ -52,7 +52,7 @@ def setting(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Se
 
 @pytest.fixture(scope="module")
 def case(setting: Setting) -> Case:
-    offered = candidates(BLOCKS, 4, (1.0, 0.5, "linear"), ("dual", "projected"))
+    offered = candidates(BLOCKS, 4, (1.0, 0.5))
     analysis = analyse(
         setting.teacher,
         setting.family,

@@ -12,7 +12,7 @@ from torch import Tensor
 from search.analyse import Analysis
 from search.rules import RULES, Ground, amber, influence, ppcl, ppcl_intervals
 from trainers.students.counts import plan_parameters
-from trainers.students.plan import identity_plan, uniform_plan
+from trainers.students.plan import BlockPlan, identity_plan, uniform_plan
 
 BLOCKS, LONGEST = 8, 4
 CONFIG: dict[str, Any] = {
@@ -40,12 +40,19 @@ def analysis(
         bands=("0.5–1", "0–0.5"),
         importance=flat,
         influence=torch.ones(BLOCKS) if moved is None else moved,
+        ffn_error=torch.arange(BLOCKS) / BLOCKS,
         image_cka=torch.eye(BLOCKS),
-        text_cka=torch.eye(BLOCKS),
+        text_cka=text_cka(),
         image_chain=chain,
         text_chain=chain,
         damages={},
     )
+
+
+def text_cka() -> Tensor:
+    """More alike the later."""
+    later = torch.arange(BLOCKS) / BLOCKS
+    return torch.minimum(later[:, None], later[None, :])
 
 
 def ground(found: Analysis) -> Ground:
@@ -85,7 +92,28 @@ def test_ppcl_plugs_the_least_similar_intervals_back_while_there_is_room():
     assert spans(ppcl(found, limit(4))) == [(1, 3), (4, 5), (6, 7)]
     assert spans(ppcl(found, limit(5))) == [(1, 3), (4, 5)]  # (6, 7) is at 0.9, (1, 3) needs two
     assert spans(ppcl(found, limit(6))) == [(4, 5), (6, 7)]
-    assert ppcl(found, limit(3)) is None
+
+
+def test_ppcl_goes_on_with_width_where_depth_does_not_reach():
+    chain = chain_of({1: [1, 0.9, 0.85, 0.65], 4: [1, 0.99, 0.69, 0.68]})
+    found = ground(analysis(chain))
+    depth = ppcl(found, limit(4))
+    one = found.plan([(1, 3), (4, 5), (6, 7)])
+    assert depth == one
+    just_below = found.parameters(one) - 1
+    narrowed = ppcl(found, just_below)
+    # The text streams are more alike the later they are.
+    assert [(b.span, b.text) for b in narrowed.blocks if b.text != "dual"] == [
+        ((6, 7), "projected")
+    ]
+    projected = [
+        BlockPlan(span=b.span, start=b.start, text="projected" if i else "dual")
+        for i, b in enumerate(one.blocks)
+    ]
+    all_projected = one.model_copy(update={"blocks": tuple(projected)})
+    further = ppcl(found, found.parameters(all_projected) - 1)
+    assert [b.span for b in further.blocks if b.ffn == "linear"] == [(0, 0)]  # it fits best there
+    assert ppcl(found, limit(1)) is None
 
 
 def test_amber_drops_the_least_important_and_never_the_ends():

@@ -31,8 +31,19 @@ def fit_maps(
 
     A name that a block cannot have (a projection of the first block's text) is left out.
     """
+    return solve_maps(gather_maps(teacher, family, batches, wanted))
+
+
+@torch.no_grad()
+def gather_maps(
+    teacher: nn.Module,
+    family: Family,
+    batches: Iterable[Inputs],
+    wanted: Mapping[int, Collection[str]],
+) -> dict[tuple[int, str], MapSums]:
+    """The sums that `wanted` maps are fitted from, by block and name; see `fit_maps`."""
     wanted = {i: names for i, names in wanted.items() if names}
-    sums: dict[tuple[int, str], _Sums] = {}
+    sums: dict[tuple[int, str], MapSums] = {}
     for inputs in batches if wanted else ():
         state, context = family.begin(teacher, inputs)
         for i, block in enumerate(family.block_modules(teacher)):
@@ -43,12 +54,17 @@ def fit_maps(
                 continue
             state, pairs = family.map_pairs(block, state, context)
             for name in sorted(set(wanted[i]) & set(pairs)):
-                found = _Sums.of(*map_tokens(pairs[name], inputs.mask_BM))
+                found = MapSums.of(*map_tokens(pairs[name], inputs.mask_BM))
                 sums[i, name] = sums[i, name] + found if (i, name) in sums else found
-    fits: dict[int, dict[str, Tensor]] = {i: {} for i in wanted}
+    return sums
+
+
+def solve_maps(sums: Mapping[tuple[int, str], MapSums]) -> Fits:
+    """The maps themselves, from their sums."""
+    fits: dict[int, dict[str, Tensor]] = {}
     for (i, name), total in sums.items():
         weight_DD, bias_D = total.solved()
-        fits[i] |= {f"{name}.weight": weight_DD, f"{name}.bias": bias_D}
+        fits.setdefault(i, {}).update({f"{name}.weight": weight_DD, f"{name}.bias": bias_D})
     return fits
 
 
@@ -71,38 +87,55 @@ def map_tokens(pair: MapPair, mask_BM: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Over tokens: of both sides, and of their products."""
+class MapSums:
+    """Sums over tokens of what a map reads and should add, and of their products.
+
+    Those of several workers add up to those of one.
+    """
 
     count: int
     read_D: Tensor
     added_D: Tensor
     gram_DD: Tensor
     cross_DD: Tensor
+    square: Tensor
+    """Of all that should be added, a scalar."""
 
     @classmethod
-    def of(cls, read_TD: Tensor, added_TD: Tensor) -> _Sums:
+    def of(cls, read_TD: Tensor, added_TD: Tensor) -> MapSums:
         return cls(
             len(read_TD),
             read_TD.sum(0),
             added_TD.sum(0),
             read_TD.T @ read_TD,
             read_TD.T @ added_TD,
+            added_TD.square().sum(),
         )
 
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(
+    def __add__(self, other: MapSums) -> MapSums:
+        return MapSums(
             self.count + other.count,
             self.read_D + other.read_D,
             self.added_D + other.added_D,
             self.gram_DD + other.gram_DD,
             self.cross_DD + other.cross_DD,
+            self.square + other.square,
         )
 
     def solved(self) -> tuple[Tensor, Tensor]:
         """Weight [D, D] as `nn.Linear` has it, and bias [D]."""
-        mean_read_D, mean_added_D = self.read_D / self.count, self.added_D / self.count
-        gram_DD = self.gram_DD - self.count * mean_read_D.outer(mean_read_D)
-        cross_DD = self.cross_DD - self.count * mean_read_D.outer(mean_added_D)
-        weight_DD = least_squares(gram_DD, cross_DD).T.contiguous()
-        return weight_DD, mean_added_D - weight_DD @ mean_read_D
+        weight_DD = least_squares(*self._centred()).T.contiguous()
+        return weight_DD, (self.added_D - weight_DD @ self.read_D) / self.count
+
+    def error(self) -> float:
+        """What the fitted map leaves, as a part of what a constant would; 0 is exact."""
+        gram_DD, cross_DD = self._centred()
+        weight_DD = least_squares(gram_DD, cross_DD).double()
+        whole = self.square.double() - self.added_D.double().square().sum() / self.count
+        explained = 2 * (weight_DD * cross_DD.double()).sum()
+        left = whole - explained + ((gram_DD.double() @ weight_DD) * weight_DD).sum()
+        return float(left / whole.clamp_min(torch.finfo(torch.float64).tiny))
+
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        gram_DD = self.gram_DD - self.read_D.outer(self.read_D) / self.count
+        return gram_DD, self.cross_DD - self.read_D.outer(self.added_D) / self.count
