@@ -74,6 +74,8 @@ class Analysis:
     damages: dict[BlockPlan, float]
     """Estimated fidelity loss of each candidate replacement alone in the teacher; 0 for the
     teacher's own blocks."""
+    ridged: int = 0
+    """Probes whose least-squares system was singular, and so ridged."""
 
 
 def save_analysis(store: Store, prefix: str, analysis: Analysis) -> None:
@@ -84,7 +86,7 @@ def save_analysis(store: Store, prefix: str, analysis: Analysis) -> None:
         [block.model_dump(mode="json", exclude_defaults=True), damage]
         for block, damage in analysis.damages.items()
     ]
-    facts = {"bands": list(analysis.bands), "damages": damages}
+    facts = {"bands": list(analysis.bands), "damages": damages, "ridged": analysis.ridged}
     tensors = {name: getattr(analysis, name).contiguous() for name in _TENSORS}
     files = {
         FACTS: json.dumps(facts, indent=1, allow_nan=False).encode(),
@@ -110,6 +112,7 @@ def load_analysis(store: Store, prefix: str) -> Analysis | None:
         )
     return Analysis(
         bands=tuple(facts["bands"]),
+        ridged=facts["ridged"],
         damages={BlockPlan.model_validate(block): damage for block, damage in facts["damages"]},
         **{name: tensors[name] for name in _TENSORS},
     )

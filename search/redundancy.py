@@ -10,19 +10,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search.analyse import AnalyseConfig, Analysis
 from search.cka import aligned, cka_map, kernel
+from search.statistics import STREAMS, Statistics, cosine_influence, gather, share
 from trainers.data.latents import Latents, generator_at, make_inputs
 from trainers.progress import Progress, silent
-from trainers.students.families.base import Context, Family, Inputs, State
-from trainers.students.fits import gather_maps, least_squares, solve_maps
+from trainers.students.families.base import Config, Context, Family, Inputs, State
+from trainers.students.fits import solve_maps
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import Fits, make_block
 
@@ -51,86 +50,56 @@ def analyse(
     batches = list(_calibration(teacher, latents, config, seed))
     total = 2 * len(batches)
 
-    streams = {"image": _Stream(len(blocks)), "text": _Stream(len(blocks))}
-    for index, (inputs, _) in enumerate(batches):
-        states, _ = _states(teacher, family, blocks, inputs)
-        generator = generator_at(seed, index, "tokens")
-        share = math.ceil(config.tokens / len(batches))
-        for name, stream in streams.items():
-            stream.add([_tokens(state, inputs, name) for state in states], share, generator)
-        progress.update(index + 1, total)
-    probes = {name: stream.probes() for name, stream in streams.items()}
-
     effects = _Effects(len(blocks), config.bands, candidates)
-    ffns = [_ffn_maps(teacher, family, i) for i in range(len(blocks))]
-    wanted = {i: set(names) for i, names in enumerate(ffns)}
-    for variant in effects.variants:
-        wanted[variant.span[0]].update(family.maps(variant))
-    sums = gather_maps(teacher, family, (inputs for inputs, _ in batches), wanted)
-    fits = solve_maps(sums)
+    wanted = wanted_maps(family, dict(cast("Any", teacher).config), candidates)
+    statistics = Statistics()
+    for index, (inputs, _) in enumerate(batches):
+        per_batch = share(config.tokens, len(batches))
+        found = gather(teacher, family, inputs, index, wanted, per_batch, seed)
+        statistics.add(found)
+        progress.update(index + 1, total)
+    solutions = {key: sums.probe() for key, sums in statistics.probes.items()}
+    probes = {name: [solutions[i, name].weight for i in range(len(blocks))] for name in STREAMS}
+    fits = solve_maps(statistics.maps)
     for index, (inputs, bands) in enumerate(batches):
         _measure_effects(effects, teacher, family, blocks, inputs, bands, probes, fits)
         progress.update(len(batches) + index + 1, total)
 
-    maps = {name: cka_map(stream.samples()[1:]) for name, stream in streams.items()}
-    chains = {name: _chains(s.samples(), probes[name], max_span) for name, s in streams.items()}
+    samples = {name: statistics.samples(name) for name in STREAMS}
+    maps = {name: cka_map(samples[name][1:]) for name in STREAMS}
+    chains = {name: _chains(samples[name], probes[name], max_span) for name in STREAMS}
     return Analysis(
         bands=_band_names(config.bands),
         importance=effects.importance(),
-        influence=(streams["image"].influence() + streams["text"].influence()) / 2,
-        ffn_error=torch.tensor(
-            [
-                sum(sums[i, name].error() for name in names) / len(names) if names else math.inf
-                for i, names in enumerate(ffns)
-            ]
-        ),
+        influence=(cosine_influence(samples["image"]) + cosine_influence(samples["text"])) / 2,
+        ffn_error=_ffn_errors(family, dict(cast("Any", teacher).config), statistics),
         image_cka=maps["image"],
         text_cka=maps["text"],
         image_chain=chains["image"],
         text_chain=chains["text"],
         damages=effects.damages(),
+        ridged=sum(solution.ridged for solution in solutions.values()),
     )
 
 
-@dataclass
-class _Stream:
-    """One stream's Gram matrices over all tokens, and its states at some of them."""
+def wanted_maps(
+    family: Family, config: Config, candidates: Sequence[BlockPlan]
+) -> dict[int, set[str]]:
+    """The linear maps that are fitted to each block: those of the candidates, and of all FFNs."""
+    wanted = {i: set(_ffn_maps(family, config, i)) for i in range(family.blocks(config))}
+    for block in candidates:
+        for variant in [] if block.depth_only else _variants(block):
+            wanted[variant.span[0]].update(family.maps(variant))
+    return wanted
 
-    blocks: int
-    _grams: list[Tensor] = field(default_factory=list)
-    _crosses: list[Tensor] = field(default_factory=list)
-    _samples: list[list[Tensor]] = field(default_factory=list)
 
-    def add(self, states: Sequence[Tensor], sampled: int, generator: torch.Generator) -> None:
-        """`states`: [tokens, D] before the first block and after each."""
-        chosen = torch.randperm(len(states[0]), generator=generator)[:sampled]
-        self._samples.append([state[chosen.to(state.device)].cpu() for state in states])
-        for i in range(self.blocks):
-            before_TD, residual_TD = states[i], states[i + 1] - states[i]
-            gram, cross = before_TD.T @ before_TD, before_TD.T @ residual_TD
-            if i < len(self._grams):
-                self._grams[i] += gram
-                self._crosses[i] += cross
-            else:
-                self._grams.append(gram)
-                self._crosses.append(cross)
-
-    def probes(self) -> list[Tensor]:
-        """A residual linear probe for each block. Frees the Gram matrices."""
-        solved = [least_squares(g, c) for g, c in zip(self._grams, self._crosses, strict=True)]
-        self._grams.clear()
-        self._crosses.clear()
-        return solved
-
-    def influence(self) -> Tensor:
-        """[L]: 1 − the mean cosine of the sampled tokens before and after each block."""
-        states = self.samples()
-        cosines = [F.cosine_similarity(a, b, dim=-1) for a, b in itertools.pairwise(states)]
-        return torch.stack([1 - cosine_T.mean() for cosine_T in cosines])
-
-    def samples(self) -> list[Tensor]:
-        """The states [T, D] at the sampled tokens, before the first block and after each."""
-        return [torch.cat(parts) for parts in zip(*self._samples, strict=True)]
+def _ffn_errors(family: Family, config: Config, statistics: Statistics) -> Tensor:
+    errors = []
+    for i in range(family.blocks(config)):
+        names = _ffn_maps(family, config, i)
+        found = [statistics.maps[i, name].error() for name in names]
+        errors.append(sum(found) / len(found) if found else math.inf)
+    return torch.tensor(errors)
 
 
 class _Effects:
@@ -210,11 +179,10 @@ def _measure_effects(
         effects.variants[variant] += float(change(after, i).sum())
 
 
-def _ffn_maps(teacher: nn.Module, family: Family, i: int) -> tuple[str, ...]:
+def _ffn_maps(family: Family, config: Config, i: int) -> tuple[str, ...]:
     """The maps that would stand for the FFNs of a block; none where it cannot have them."""
     linear = BlockPlan(span=(i, i), ffn="linear")
-    refused = family.refusal(dict(cast("Any", teacher).config), linear)
-    return () if refused else family.maps(linear)
+    return () if family.refusal(config, linear) else family.maps(linear)
 
 
 def _variants(block: BlockPlan) -> list[BlockPlan]:
@@ -234,14 +202,6 @@ def _states(
         state = family.run_block(module, state, context)
         states.append(state)
     return states, context
-
-
-def _tokens(state: State, inputs: Inputs, stream: str) -> Tensor:
-    """One stream's tokens that are not padding, [tokens, D] float32."""
-    if stream == "image":
-        return state.image_BND.flatten(0, 1).float()
-    text_BMD = state.text_BMD.float()
-    return text_BMD.flatten(0, 1) if inputs.mask_BM is None else text_BMD[inputs.mask_BM]
 
 
 def _probed(state_BND: Tensor, probe_DD: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from search.analyse import AnalyseConfig, save_analysis
+from search.analyse import AnalyseConfig, load_analysis, save_analysis
 from search.stages.place import Site, place
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
@@ -14,6 +14,9 @@ from trainers.teacher import Teacher
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
+    from search.redundancy import wanted_maps
+    from search.statistics import memory
+
     place(
         sweep,
         _measure,
@@ -25,9 +28,18 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         seed=sweep.config.seed,
         out=sweep.analysis_prefix,
     )
-    return Outcome(
-        f"{sweep.teacher_blocks} blocks, {len(sweep.candidates)} candidate replacements", {}
+    family, config = sweep.teacher.family, sweep.teacher.config
+    taken = memory(
+        config, family, wanted_maps(family, config, sweep.candidates), sweep.config.analyse.tokens
     )
+    said = (
+        f"{sweep.teacher_blocks} blocks, {len(sweep.candidates)} candidate replacements, "
+        f"statistics of {taken / 2**30:.2g} GiB"
+    )
+    analysis = load_analysis(sweep.store, sweep.analysis_prefix)
+    if analysis is not None and analysis.ridged:
+        said += f"; {analysis.ridged} singular probes were ridged: give more analyse.pictures"
+    return Outcome(said, {})
 
 
 def _measure(

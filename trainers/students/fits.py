@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from trainers.students.families.base import Family, Inputs, MapPair
 from trainers.students.surgery import Fits
 
 RIDGE = 1e-4
-"""Added to a Gram matrix, relative to its mean diagonal: calibration tokens are few."""
+"""Added to a singular Gram matrix, relative to its mean diagonal."""
+_SINGULAR = 1e-9
+"""The smallest pivot, relative to the largest diagonal, that float32 products still resolve."""
 
 
 @torch.no_grad()
@@ -55,7 +58,10 @@ def gather_maps(
             state, pairs = family.map_pairs(block, state, context)
             for name in sorted(set(wanted[i]) & set(pairs)):
                 found = MapSums.of(*map_tokens(pairs[name], inputs.mask_BM))
-                sums[i, name] = sums[i, name] + found if (i, name) in sums else found
+                if (i, name) in sums:
+                    sums[i, name].add(found)
+                else:
+                    sums[i, name] = found
     return sums
 
 
@@ -63,20 +69,35 @@ def solve_maps(sums: Mapping[tuple[int, str], MapSums]) -> Fits:
     """The maps themselves, from their sums."""
     fits: dict[int, dict[str, Tensor]] = {}
     for (i, name), total in sums.items():
-        weight_DD, bias_D = total.solved()
+        weight_DD, bias_D, _ = total.solved()
         fits.setdefault(i, {}).update({f"{name}.weight": weight_DD, f"{name}.bias": bias_D})
     return fits
 
 
-def least_squares(gram_DD: Tensor, cross_DE: Tensor) -> Tensor:
-    """The matrix W [D, E] of least squared ‖X W − Y‖, from XᵀX and XᵀY; slightly ridged.
+class Solution(NamedTuple):
+    """Of a least-squares system."""
 
-    Returned in float32. A residual probe has Y = block(X) − X.
+    weight: Tensor
+    """[D, E] float32."""
+    ridged: bool
+    """Whether the system was singular and had to be ridged."""
+
+
+def least_squares(gram_DD: Tensor, cross_DE: Tensor) -> Solution:
+    """The matrix W [D, E] of least squared ‖X W − Y‖, from XᵀX and XᵀY.
+
+    A singular system, of fewer tokens than channels for one, is ridged. A residual probe has
+    Y = block(X) − X.
     """
-    gram = gram_DD.double()
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    gram = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, cross_DE.double()).float()
+    gram, cross = gram_DD.double(), cross_DE.double()
+    factor, info = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal().square()
+    ridged = bool(info > 0) or bool(pivots.min() < _SINGULAR * gram.diagonal().max())
+    if ridged:
+        ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor = torch.linalg.cholesky(gram + ridge * eye)
+    return Solution(torch.cholesky_solve(cross, factor).float(), ridged)
 
 
 def map_tokens(pair: MapPair, mask_BM: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,11 +107,11 @@ def map_tokens(pair: MapPair, mask_BM: Tensor | None) -> tuple[Tensor, Tensor]:
     return pair.read.flatten(0, 1).float(), pair.added.flatten(0, 1).float()
 
 
-@dataclass(frozen=True)
+@dataclass
 class MapSums:
-    """Sums over tokens of what a map reads and should add, and of their products.
+    """Sums over tokens of what a map reads and should add, and of their products, in float64.
 
-    Those of several workers add up to those of one.
+    Those of several parts add up to those of the whole.
     """
 
     count: int
@@ -105,35 +126,37 @@ class MapSums:
     def of(cls, read_TD: Tensor, added_TD: Tensor) -> MapSums:
         return cls(
             len(read_TD),
-            read_TD.sum(0),
-            added_TD.sum(0),
-            read_TD.T @ read_TD,
-            read_TD.T @ added_TD,
-            added_TD.square().sum(),
+            read_TD.sum(0).double(),
+            added_TD.sum(0).double(),
+            (read_TD.T @ read_TD).double(),
+            (read_TD.T @ added_TD).double(),
+            added_TD.square().sum().double(),
         )
 
-    def __add__(self, other: MapSums) -> MapSums:
-        return MapSums(
-            self.count + other.count,
-            self.read_D + other.read_D,
-            self.added_D + other.added_D,
-            self.gram_DD + other.gram_DD,
-            self.cross_DD + other.cross_DD,
-            self.square + other.square,
-        )
+    def add(self, other: MapSums) -> None:
+        """Adds another part's, in place."""
+        self.count += other.count
+        for name in ("read_D", "added_D", "gram_DD", "cross_DD", "square"):
+            getattr(self, name).add_(getattr(other, name))
 
-    def solved(self) -> tuple[Tensor, Tensor]:
-        """Weight [D, D] as `nn.Linear` has it, and bias [D]."""
-        weight_DD = least_squares(*self._centred()).T.contiguous()
-        return weight_DD, (self.added_D - weight_DD @ self.read_D) / self.count
+    def probe(self) -> Solution:
+        """The linear probe of least squares, without a bias."""
+        return least_squares(self.gram_DD, self.cross_DD)
+
+    def solved(self) -> tuple[Tensor, Tensor, bool]:
+        """Weight [D, D] as `nn.Linear` has it, bias [D], and whether the system was ridged."""
+        solution = least_squares(*self._centred())
+        weight_DD = solution.weight.T.contiguous()
+        bias_D = (self.added_D - weight_DD.double() @ self.read_D) / self.count
+        return weight_DD, bias_D.float(), solution.ridged
 
     def error(self) -> float:
         """What the fitted map leaves, as a part of what a constant would; 0 is exact."""
         gram_DD, cross_DD = self._centred()
-        weight_DD = least_squares(gram_DD, cross_DD).double()
-        whole = self.square.double() - self.added_D.double().square().sum() / self.count
-        explained = 2 * (weight_DD * cross_DD.double()).sum()
-        left = whole - explained + ((gram_DD.double() @ weight_DD) * weight_DD).sum()
+        weight_DD = least_squares(gram_DD, cross_DD).weight.double()
+        whole = self.square - self.added_D.square().sum() / self.count
+        explained = 2 * (weight_DD * cross_DD).sum()
+        left = whole - explained + ((gram_DD @ weight_DD) * weight_DD).sum()
         return float(left / whole.clamp_min(torch.finfo(torch.float64).tiny))
 
     def _centred(self) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,9 @@ class Family(Protocol):
     def blocks(self, config: Config) -> int:
         """Number of blocks."""
 
+    def width(self, config: Config) -> int:
+        """Channels of a state."""
+
     def outside_parameters(self, config: Config) -> int:
         """Parameters before, after and beside the blocks."""
 

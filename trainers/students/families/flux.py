@@ -142,6 +142,9 @@ class FluxFamily:
         sizes = _Sizes.of(config)
         return sizes.dual + sizes.single
 
+    def width(self, config: Config) -> int:
+        return _Sizes.of(config).width
+
     def outside_parameters(self, config: Config) -> int:
         sizes = _Sizes.of(config)
         d, linear = sizes.width, linear_parameters

@@ -113,6 +113,9 @@ class QwenImageFamily:
     def blocks(self, config: Config) -> int:
         return _Sizes.of(config).blocks
 
+    def width(self, config: Config) -> int:
+        return _Sizes.of(config).width
+
     def outside_parameters(self, config: Config) -> int:
         sizes = _Sizes.of(config)
         d, linear = sizes.width, linear_parameters

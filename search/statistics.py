@@ -1,0 +1,125 @@
+"""What the analysis sums up in one pass of the teacher over the calibration pictures.
+
+Probes, maps and CKA are all solved from these sums and from the states of a few tokens; no state
+outlives its batch. Sums of several parts add up to those of the whole, in float64, so that how the
+batches were shared out does not show. Shapes: T sampled tokens, D width, L blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from trainers.data.latents import generator_at
+from trainers.students.families.base import Config, Family, Inputs, MapPair, State
+from trainers.students.fits import MapSums, map_tokens
+
+STREAMS = ("image", "text")
+
+
+@dataclass
+class Statistics:
+    """Sums by name and block, and sampled states by stream and batch."""
+
+    maps: dict[tuple[int, str], MapSums] = field(default_factory=dict)
+    """Of the linear maps that were asked for; see Family.maps."""
+    probes: dict[tuple[int, str], MapSums] = field(default_factory=dict)
+    """Of the residual linear probe of each block and stream."""
+    sampled: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    """[T, D] before the first block and after each, on the CPU."""
+
+    def add(self, other: Statistics) -> None:
+        """Adds another part's, in place; batches must differ."""
+        for mine, theirs in ((self.maps, other.maps), (self.probes, other.probes)):
+            for key, sums in theirs.items():
+                if key in mine:
+                    mine[key].add(sums)
+                else:
+                    mine[key] = sums
+        self.sampled |= other.sampled
+
+    def samples(self, stream: str) -> list[Tensor]:
+        """The states [T, D] of a stream before the first block and after each."""
+        batches = sorted(batch for name, batch in self.sampled if name == stream)
+        parts = [self.sampled[stream, batch] for batch in batches]
+        return [torch.cat(states) for states in zip(*parts, strict=True)]
+
+
+@torch.no_grad()
+def gather(
+    teacher: nn.Module,
+    family: Family,
+    inputs: Inputs,
+    batch: int,
+    wanted: Mapping[int, Collection[str]],
+    tokens: int,
+    seed: int,
+) -> Statistics:
+    """The statistics of one batch, in one pass: the maps `wanted` of each block, the probes, and
+    the states of `tokens` tokens of each stream, drawn by the number of the batch."""
+    found = Statistics()
+    state, context = family.begin(teacher, inputs)
+    generator = generator_at(seed, batch, "tokens")
+    chosen = {
+        name: torch.randperm(len(_tokens(state, inputs, name)), generator=generator)[:tokens]
+        for name in STREAMS
+    }
+    for name in STREAMS:
+        found.sampled[name, batch] = [_sampled(state, inputs, name, chosen[name])]
+    for i, block in enumerate(family.block_modules(teacher)):
+        after, pairs = family.map_pairs(block, state, context)
+        for name in sorted(set(wanted.get(i, ())) & set(pairs)):
+            found.maps[i, name] = MapSums.of(*map_tokens(pairs[name], inputs.mask_BM))
+        for name, pair in (
+            ("image", MapPair(state.image_BND, after.image_BND - state.image_BND, text=False)),
+            ("text", MapPair(state.text_BMD, after.text_BMD - state.text_BMD, text=True)),
+        ):
+            found.probes[i, name] = MapSums.of(*map_tokens(pair, inputs.mask_BM))
+            found.sampled[name, batch].append(_sampled(after, inputs, name, chosen[name]))
+        state = after
+    return found
+
+
+def memory(
+    config: Config, family: Family, wanted: Mapping[int, Collection[str]], tokens: int
+) -> int:
+    """Bytes that the statistics of a teacher take, solving them included; its weights and the
+    activations of one batch come on top."""
+    width, blocks = family.width(config), family.blocks(config)
+    systems = 2 * blocks + sum(len(names) for names in wanted.values())
+    samples = 2 * (blocks + 1) * tokens * width * 4
+    kernels = 2 * blocks * tokens**2 * 4
+    solving = 4 * width**2 * 8
+    return systems * 2 * width**2 * 8 + samples + kernels + solving
+
+
+def cosine_influence(states: Sequence[Tensor]) -> Tensor:
+    """[L]: 1 − the mean cosine of tokens before and after each block (ShortGPT)."""
+    cosines = [
+        torch.nn.functional.cosine_similarity(a, b, dim=-1).mean()
+        for a, b in itertools.pairwise(states)
+    ]
+    return 1 - torch.stack(cosines)
+
+
+def share(tokens: int, batches: int) -> int:
+    """Tokens that each batch gives."""
+    return math.ceil(tokens / batches)
+
+
+def _tokens(state: State, inputs: Inputs, stream: str) -> Tensor:
+    """One stream's tokens that are not padding, [tokens, D] float32."""
+    if stream == "image":
+        return state.image_BND.flatten(0, 1).float()
+    text_BMD = state.text_BMD.float()
+    return text_BMD.flatten(0, 1) if inputs.mask_BM is None else text_BMD[inputs.mask_BM]
+
+
+def _sampled(state: State, inputs: Inputs, stream: str, chosen: Tensor) -> Tensor:
+    tokens_TD = _tokens(state, inputs, stream)
+    return tokens_TD[chosen.to(tokens_TD.device)].cpu()
