@@ -31,11 +31,6 @@ QUIET = {
 }
 """Ray, Tune and the model libraries report to us; the terminal shows what we make of it."""
 
-QUIET_HERE = {
-    # Ray's core writes to this process's terminal; on other machines its lines go to log files.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
-}
-
 BEHAVIOUR = {
     # Tune would answer Ctrl-C itself and go on with the next stage.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -110,7 +105,7 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
 
 def prepare_environment() -> None:
     """Sets what Ray and its workers read at their start; a variable that is set already stays."""
-    for name, value in (QUIET | QUIET_HERE | BEHAVIOUR).items():
+    for name, value in (QUIET | BEHAVIOUR).items():
         os.environ.setdefault(name, value)
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
@@ -41,6 +41,9 @@ class AnalyseConfig(Section):
 
     tokens: PositiveInt = 1024
     """Tokens of each stream, drawn once, on which states are compared (CKA)."""
+
+    kernel: Literal["linear", "rbf"] = "linear"
+    """Of CKA; `rbf` takes the median distance of the tokens as its width."""
 
     batch_size: PositiveInt = 64
     """Pictures in one pass of the teacher."""

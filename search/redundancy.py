@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from search.analyse import AnalyseConfig, Analysis
-from search.cka import aligned, cka_map, kernel
+from search.cka import Kernel, aligned, cka_map, kernel
 from search.statistics import STREAMS, Statistics, cosine_influence, gather, share
 from trainers.data.latents import Latents, generator_at, make_inputs
 from trainers.progress import Progress, silent
@@ -66,8 +66,10 @@ def analyse(
         progress.update(len(batches) + index + 1, total)
 
     samples = {name: statistics.samples(name) for name in STREAMS}
-    maps = {name: cka_map(samples[name][1:]) for name in STREAMS}
-    chains = {name: _chains(samples[name], probes[name], max_span) for name in STREAMS}
+    maps = {name: cka_map(samples[name][1:], config.kernel) for name in STREAMS}
+    chains = {
+        name: _chains(samples[name], probes[name], max_span, config.kernel) for name in STREAMS
+    }
     return Analysis(
         bands=_band_names(config.bands),
         importance=effects.importance(),
@@ -208,15 +210,17 @@ def _probed(state_BND: Tensor, probe_DD: Tensor) -> Tensor:
     return state_BND + state_BND @ probe_DD.to(state_BND)
 
 
-def _chains(samples: Sequence[Tensor], probes: Sequence[Tensor], max_span: int) -> Tensor:
-    kernels = [kernel(after_TD) for after_TD in samples[1:]]
+def _chains(
+    samples: Sequence[Tensor], probes: Sequence[Tensor], max_span: int, by: Kernel
+) -> Tensor:
+    kernels = [kernel(after_TD, by) for after_TD in samples[1:]]
     chain = torch.full((len(probes), max_span), math.nan)
     for u in range(len(probes)):
         state_TD = samples[u + 1]
         chain[u, 0] = 1.0
         for k in range(u + 1, min(u + max_span, len(probes))):
             state_TD = _probed(state_TD, probes[k].cpu())
-            chain[u, k - u] = aligned(kernel(state_TD), kernels[k])
+            chain[u, k - u] = aligned(kernel(state_TD, by), kernels[k])
     return chain
 
 

@@ -31,6 +31,9 @@ class Ground:
     config: Config
     """The teacher's transformer config."""
     analysis: Analysis
+    noise_power: float = 1.0
+    """See SearchConfig."""
+    least_cka: float = 0.0
 
     @property
     def teacher_blocks(self) -> int:
@@ -76,13 +79,14 @@ def uniform(ground: Ground, limit: int) -> Plan | None:
     return None
 
 
-def ppcl_intervals(analysis: Analysis) -> list[tuple[Span, float]]:
+def ppcl_intervals(analysis: Analysis, least_cka: float = 0.0) -> list[tuple[Span, float]]:
     """PPCL's intervals and the CKA of each, from c(u, k) (METHODS.md, PPCL 2).
 
     From block u the interval ends at v, the first k − 1 for which Δ(u, k) > Δ(u, k − 1): where the
     loss of similarity first speeds up. Silent in the paper: c is the mean of the two streams'; the
     next interval starts at v + 1; block 0 stays whole, because its input is not yet a state of the
-    chain; an interval ends at the longest span that was measured.
+    chain; an interval ends at the longest span that was measured; one whose CKA is below
+    `least_cka` is rejected, and the next starts one block on.
     """
     chain = (analysis.image_chain + analysis.text_chain) / 2
     blocks, longest = chain.shape
@@ -94,8 +98,11 @@ def ppcl_intervals(analysis: Analysis) -> list[tuple[Span, float]]:
         # losses[j - 1] is Δ(u, u + j).
         rises = (j for j in range(1, len(losses)) if losses[j] > losses[j - 1] + _ROUNDING)
         v = u + next(rises, len(losses))
+        cka = float(chain[u, v - u])
+        if v > u and cka < least_cka:
+            v = u
         if v > u:
-            found.append(((u, v), float(chain[u, v - u])))
+            found.append(((u, v), cka))
         u = v + 1
     return found
 
@@ -108,7 +115,7 @@ def ppcl(ground: Ground, limit: int) -> Plan | None:
     intervals leave it too large, width goes on as in the paper: text is projected where its
     streams before and after are most alike, then FFNs become linear where their maps fit best.
     """
-    spans = dict(ppcl_intervals(ground.analysis))
+    spans = dict(ppcl_intervals(ground.analysis, ground.least_cka))
     whole = ground.plan(list(spans))
     if ground.parameters(whole) > limit:
         return _narrowed(ground, whole, limit)
@@ -151,11 +158,12 @@ def amber(ground: Ground, limit: int) -> Plan | None:
 
     One-shot: the blocks of lowest importance go, never the first or the last, and a kept block
     takes the pruned run after it into its span. The weight of a timestep is silent in the paper;
-    here it is the timestep itself, 1 at pure noise.
+    here it is the timestep, 1 at pure noise, to the power of `noise_power`.
     """
     importance = ground.analysis.importance
     bands = importance.shape[1]
-    weights = [1 - (band + 0.5) / bands for band in range(bands)]  # the noisiest band is the first
+    times = [1 - (band + 0.5) / bands for band in range(bands)]  # the noisiest band is the first
+    weights = [time**ground.noise_power for time in times]
     weighted = (importance @ importance.new_tensor(weights)) / sum(weights)
     return _without_lowest(ground, weighted.tolist(), limit)
 

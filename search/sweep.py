@@ -107,7 +107,7 @@ class Sweep:
             self.analysis_digest,
             self.config.library.training,
             {"replacements": self.config.analyse.replacements, "limits": self.limits},
-            {"rules": self.config.search.rules},
+            self.config.search.model_dump(include={"rules", "noise_power", "least_cka"}),
             self.config.seed,
         )
 

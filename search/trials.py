@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from search.pareto import best_within, pareto_front
 from search.proposals import Origin, Proposal, Proposals, Start, Target
@@ -46,6 +46,14 @@ class SearchConfig(Section):
     rules: tuple[Rule, ...] = ("uniform", "ppcl", "amber")
     """Rules whose plans each budget starts with too: `uniform`, `ppcl`, `amber`, or `influence`
     (ShortGPT). A rule that does not reach a budget is left out there."""
+
+    noise_power: NonNegativeFloat = 1.0
+    """Of Amber's rule: a timestep, 1 at pure noise, counts itself to this power; 0 weighs all
+    alike."""
+
+    least_cka: NonNegativeFloat = 0.0
+    """Of PPCL's rule: intervals whose similarity is below are rejected; at 0, as in the paper,
+    none."""
 
     lag: PositiveInt = 8
     """A trial is proposed from the results of all trials at least so many before it, however many

@@ -67,11 +67,18 @@ def read_analysis(sweep: Sweep) -> Analysis:
 
 def rule_plans(sweep: Sweep, analysis: Analysis) -> list[Start]:
     """The plans of the papers' rules, for each budget that they reach."""
-    ground = Ground(sweep.teacher.family.name, sweep.teacher.config, analysis)
+    search = sweep.config.search
+    ground = Ground(
+        sweep.teacher.family.name,
+        sweep.teacher.config,
+        analysis,
+        search.noise_power,
+        search.least_cka,
+    )
     found = (
         (label, rule, RULES[rule](ground, limit))
         for label, limit in sweep.limits.items()
-        for rule in sweep.config.search.rules
+        for rule in search.rules
     )
     return [(label, rule, plan) for label, rule, plan in found if plan is not None]
 

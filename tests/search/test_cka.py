@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from search.cka import cka_map, linear_cka
+from search.cka import cka, cka_map
 
 
 def textbook(x_ND: Tensor, y_NE: Tensor) -> float:
@@ -29,18 +29,32 @@ def pair() -> tuple[Tensor, Tensor]:
 
 
 def test_agrees_with_the_textbook(pair: tuple[Tensor, Tensor]) -> None:
-    assert linear_cka(*pair) == pytest.approx(textbook(*pair), abs=1e-5)
+    assert cka(*pair) == pytest.approx(textbook(*pair), abs=1e-5)
+
+
+def test_the_rbf_kernel_agrees_with_the_textbook(pair: tuple[Tensor, Tensor]) -> None:
+    def gram(x: Tensor) -> Tensor:
+        square = (x.double()[:, None] - x.double()[None]).square().sum(-1)
+        pairs = [float(square[i, j]) for i in range(len(x)) for j in range(len(x)) if i != j]
+        return torch.exp(-square / (2 * sorted(pairs)[(len(pairs) - 1) // 2]))
+
+    n = len(pair[0])
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    k, m = (centre @ gram(x) @ centre for x in pair)
+    expected = (k * m).sum() / (k.norm() * m.norm())
+    assert cka(*pair, "rbf") == pytest.approx(float(expected), abs=1e-5)
+    assert cka(pair[0], 3 * pair[0] + 1, "rbf") == pytest.approx(1, abs=1e-5)
 
 
 def test_rotation_scale_and_shift_change_nothing(pair: tuple[Tensor, Tensor]) -> None:
     x, _ = pair
     rotation, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)))
-    assert linear_cka(x, 5 * x @ rotation + 2) == pytest.approx(1, abs=1e-5)
+    assert cka(x, 5 * x @ rotation + 2) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_constant_state_is_like_nothing(pair: tuple[Tensor, Tensor]) -> None:
     x, _ = pair
-    assert linear_cka(x, torch.ones(50, 3)) == 0
+    assert cka(x, torch.ones(50, 3)) == 0
 
 
 def test_the_map_holds_every_pair(pair: tuple[Tensor, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,12 @@ def test_an_interval_ends_where_the_loss_of_similarity_first_speeds_up():
     assert found[0][1] == pytest.approx(0.85)
 
 
+def test_an_unlike_interval_is_rejected_and_the_next_starts_one_block_on():
+    chain = chain_of({1: [1, 0.9, 0.85, 0.65], 2: [1, 0.97, 0.93, 0.5]})
+    found = ppcl_intervals(analysis(chain), least_cka=0.86)
+    assert found[0][0] == (2, 3)
+
+
 def test_an_even_loss_runs_to_the_longest_span():
     assert [span for span, _ in ppcl_intervals(analysis(chain_of({})))] == [(1, 4), (5, 7)]
 
@@ -127,6 +134,12 @@ def test_amber_weighs_noise_more():
     importance[3] = torch.tensor([0.2, 1.0])  # the first band is the noisiest
     importance[5] = torch.tensor([1.0, 0.2])
     assert spans(amber(ground(analysis(importance=importance)), limit(7))) == [(2, 3)]
+
+    even = replace(ground(analysis(importance=importance)), noise_power=0.0)
+    assert spans(amber(even, limit(7))) == [(2, 3)]  # alike now: the first of the two
+    importance[5] = torch.tensor([1.0, 0.1])
+    even = replace(ground(analysis(importance=importance)), noise_power=0.0)
+    assert spans(amber(even, limit(7))) == [(4, 5)]
 
 
 def test_influence_drops_what_moves_least():
