@@ -26,7 +26,7 @@ PUBLISHED = {
 def test_a_recipe_is_a_configuration(recipe):
     config = load_config(recipe, [], SweepConfig)
     assert config.name == recipe.stem
-    if config.plan is None:
+    if config.plan is None or recipe.stem not in PUBLISHED:
         return
     family = family_named(config.plan.family)
     sizes = {**family.published, "num_layers": config.plan.teacher_blocks}
