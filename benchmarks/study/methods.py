@@ -57,6 +57,9 @@ class Method:
     """What recovery matches."""
     frozen: float = 0.0
     """The share of the student's blocks, from the first, that recovery leaves alone."""
+    chained: bool = False
+    """Whether `plan` is for half the teacher, whose recovered student is the teacher of a smaller
+    one with shared streams (Amber's hybrid)."""
     choose: Callable[[Case, Trained], Plan] | None = None
     """Chooses from the trained library instead; `plan` then names nothing."""
 
@@ -147,6 +150,17 @@ ABLATIONS: tuple[Method, ...] = (
     Method("Amber, velocity", lambda case: amber(case.ground, case.limit), start="average"),
 )
 """What the papers' parts do, one taken away or exchanged at a time."""
+
+CHAINS: tuple[Method, ...] = (
+    Method(
+        "Amber, by way of 50%",
+        lambda case: amber(case.ground, case.setting.sweep.teacher_parameters // 2),
+        start="average",
+        loss="diffusion",
+        chained=True,
+    ),
+)
+"""For budgets below half: straight there, as the methods do, or in two steps."""
 
 
 def needed(case: Case, methods: Sequence[Method]) -> dict[str, list[BlockPlan]]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.methods import ABLATIONS, METHODS, Method
+from benchmarks.study.methods import ABLATIONS, CHAINS, METHODS, Method
 
 Row = dict[str, Any]
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
@@ -51,7 +51,7 @@ def tables(rows: Sequence[Row], teacher: Row) -> list[str]:
         found.append(f"### At {budget} of the parameters")
         found.append(main_table(METHODS, here))
         found.append(family_table(METHODS, here, list(judge)))
-        ablated = [m for m in ABLATIONS if any(row["method"] == m.name for row in here)]
+        ablated = [m for m in (*ABLATIONS, *CHAINS) if any(row["method"] == m.name for row in here)]
         if ablated:
             like = [m for m in METHODS if m.name in ("PPCL", "Amber")]
             found.append(f"### One part at a time, at {budget}")

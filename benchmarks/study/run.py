@@ -19,12 +19,13 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.study.methods import ABLATIONS, METHODS, Case, Method, needed
+from benchmarks.study.methods import ABLATIONS, CHAINS, METHODS, Case, Method, needed
 from benchmarks.study.setting import Setting, Trained, train_in_sequence, train_library
 from cluster.cli.common import open_config
 from search.analyse import nominate
 from trainers.data.latents import open_latents, training_inputs
 from trainers.evaluate import fidelity_loss
+from trainers.library.train import train_replacements
 from trainers.losses import diffusion_loss, velocity_loss
 from trainers.optimizer import adamw, rate_at
 from trainers.students.counts import plan_parameters
@@ -54,6 +55,7 @@ def main() -> None:
     for seed in options.seeds:
         run_seed(setting, METHODS, seed, options.budgets, options.out)
         run_seed(setting, ABLATIONS, seed, options.budgets[:1], options.out)
+        run_seed(setting, CHAINS, seed, options.budgets[1:], options.out)
 
 
 def run_seed(
@@ -112,6 +114,10 @@ def run_method(method: Method, case: Case, trained: Trained) -> dict[str, Any]:
     before = fidelity_loss(student, setting.family, setting.probe)
     started = time.perf_counter()
     recover(setting, student, method, case.seed)
+    if method.chained:
+        plan, student = share_streams(case, plan, student)
+        before = fidelity_loss(student, setting.family, setting.probe)
+        recover(setting, student, method, case.seed + 1)
     recovered = time.perf_counter() - started
     if method.trained is None:
         library = 0.0
@@ -147,6 +153,32 @@ def first_student(
     if method.trained == "in sequence":
         train_in_sequence(setting, student, plan, seed)
     return student
+
+
+def share_streams(case: Case, plan: Plan, half: nn.Module) -> tuple[Plan, nn.Module]:
+    """Amber's hybrid: as many of a student's last blocks as the budget asks for become one shared
+    stream, trained towards the student's own states. Its plan in the first teacher's blocks."""
+    setting, family, last = case.setting, case.setting.family, len(plan.blocks)
+    for count in range(1, last):
+        blocks = [
+            BlockPlan(span=b.span, start=b.start, text="shared" if i >= last - count else b.text)
+            for i, b in enumerate(plan.blocks)
+        ]
+        whole = plan.model_copy(update={"blocks": tuple(blocks)})
+        if plan_parameters(whole, setting.config) <= case.limit:
+            break
+    step = Plan(
+        family=plan.family,
+        teacher_blocks=last,
+        blocks=tuple(
+            BlockPlan(span=(i, i), text=b.text, start="library") for i, b in enumerate(blocks)
+        ),
+    )
+    shared = [block for block in step.blocks if not block.untouched]
+    config = setting.sweep.config.library.training.model_copy(update={"start": "first"})
+    made = train_replacements(half, family, shared, setting.latents, config, case.seed)
+    student = assemble(half, step, lambda block: made[block].module.state_dict())
+    return whole, student
 
 
 def recover(setting: Setting, student: nn.Module, method: Method, seed: int) -> None:

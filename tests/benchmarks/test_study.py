@@ -4,15 +4,16 @@ tables say what the rows say."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.study import masks
-from benchmarks.study.methods import ABLATIONS, METHODS, Case, Method, needed
+from benchmarks.study.methods import ABLATIONS, CHAINS, METHODS, Case, Method, needed
 from benchmarks.study.report import interval, main_table
-from benchmarks.study.run import first_student
+from benchmarks.study.run import first_student, share_streams
 from benchmarks.study.setting import Setting, Trained, train_library
 from search.analyse import AnalyseConfig
 from search.config import SweepConfig
@@ -67,7 +68,7 @@ def case(setting: Setting) -> Case:
 
 @pytest.fixture(scope="module")
 def trained(case: Case) -> dict[str, Trained]:
-    wanted = needed(case, EVERY)
+    wanted = needed(case, (*EVERY, *CHAINS))
     spans = [BlockPlan(span=(i, i + 1), start="library") for i in range(BLOCKS - 1)]
     wanted["middle"] += spans
     return {
@@ -87,6 +88,18 @@ def test_a_method_gives_a_student_within_the_budget(
     assert plan_parameters(plan, case.setting.config) <= case.limit
     student = first_student(case.setting, plan, method, library, seed=0)
     assert math.isfinite(fidelity_loss(student, case.setting.family, case.setting.probe))
+
+
+def test_a_chain_shares_streams_until_it_fits(case: Case, trained: dict[str, Trained]) -> None:
+    (method,) = CHAINS
+    plan = method.plan(case)
+    assert plan is not None
+    half = first_student(case.setting, plan, method, trained["average"], seed=0)
+    smaller = replace(case, limit=plan_parameters(plan, case.setting.config) - 1)
+    whole, student = share_streams(smaller, plan, half)
+    assert [b.text for b in whole.blocks] == ["dual"] * (len(whole.blocks) - 1) + ["shared"]
+    count = sum(parameter.numel() for parameter in student.parameters())
+    assert count == plan_parameters(whole, case.setting.config) <= smaller.limit
 
 
 def test_a_learned_mask_keeps_as_many_as_asked(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
