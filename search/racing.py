@@ -17,7 +17,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from search.recover import Lane, RecoverConfig, Trial
-from search.study import quiet_tune
+from search.study import StatelessSearcher, quiet_tune
 from trainers.placement import Share
 from trainers.progress import Progress
 
@@ -36,7 +36,7 @@ _PARTS = 100
 """In how many parts a recovery's progress is told."""
 
 
-class LaneSearcher(Searcher):
+class LaneSearcher(StatelessSearcher):
     """Hands Tune the next trial of any lane that is free."""
 
     def __init__(self, lanes: Sequence[Lane], common: Mapping[str, Any], progress: Progress):
@@ -87,12 +87,6 @@ class LaneSearcher(Searcher):
                 best[budget] = min(lane.best, best.get(budget, lane.best))
         facts |= best
         self._progress.update(done, total * _PARTS, **facts)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: lanes replay the outcomes in the store."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("lanes replay the outcomes in the store")
 
 
 def race(

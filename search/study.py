@@ -53,7 +53,21 @@ def quiet_tune() -> Iterator[None]:
                 os.environ[name] = value
 
 
-class PlanSearcher(Searcher):
+class StatelessSearcher(Searcher):
+    """A searcher of which Tune keeps nothing: what has ended is in our store, and replayed."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its searcher at the start; ours shows progress, and no terminal pickles.
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing, see above."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("what has ended is in the store, and replayed")
+
+
+class PlanSearcher(StatelessSearcher):
     """Hands Tune the plans whose score is not known yet.
 
     `known` gives the stored score of a proposal, if any; `scored` hears of every score, known or
@@ -113,12 +127,6 @@ class PlanSearcher(Searcher):
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial has one result, which on_trial_complete is given too."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: a search continues from the scores in the store."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a search continues from the scores in the store")
 
 
 class ScoringActor(tune.Trainable):

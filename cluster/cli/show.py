@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from trainers.students.plan import Plan
 
 PANEL = "Look"
-GIB = 2**30
 
 
 class TeacherSizesError(EspalierError):
@@ -201,6 +200,8 @@ def _print_plan(described: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from search.report.words import memory
+
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (
         ("block", "right"), ("teacher blocks", "left"), ("start", "left"), ("ffn", "right"),
@@ -227,14 +228,11 @@ def _print_plan(described: Mapping[str, Any]) -> None:
         f"from {teacher['parameters']:,} ({student / teacher['parameters']:.1%})"
     )
     console.print(
-        f"memory in bfloat16: {_gib(described['memory']['weights'])} to hold it "
-        f"(teacher {_gib(teacher['memory']['weights'])}), {_gib(described['memory']['training'])} "
-        "to train all of it with AdamW; activations come on top"
+        f"memory in bfloat16: {memory(described['memory']['weights'])} to hold it "
+        f"(teacher {memory(teacher['memory']['weights'])}), "
+        f"{memory(described['memory']['training'])} to train all of it with AdamW; activations "
+        "come on top"
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _print_status(found: Mapping[str, Any]) -> None:

@@ -24,6 +24,11 @@ def percent(part: float) -> str:
     return f"{100 * part:.1f}".removesuffix(".0") + "%"
 
 
+def memory(size: int) -> str:
+    """Bytes: 21148598272 -> "19.7 GiB", 4865024 -> "4.6 MiB"."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def duration(seconds: float) -> str:
     """0.42 -> "0.4 s", 75 -> "1 min 15 s", 7300 -> "2 h 02 min"."""
     if seconds < 9.95:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from search.analyse import AnalyseConfig, load_analysis, save_analysis
+from search.report import words
 from search.stages.place import Site, place
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
@@ -34,11 +35,11 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     )
     said = (
         f"{sweep.teacher_blocks} blocks, {len(sweep.candidates)} candidate replacements, "
-        f"statistics of {taken / 2**30:.2g} GiB"
+        f"statistics of {words.memory(taken)}"
     )
     analysis = load_analysis(sweep.store, sweep.analysis_prefix)
     if analysis is not None and analysis.ridged:
-        said += f"; {analysis.ridged} singular probes were ridged: give more analyse.pictures"
+        said += f"; singular probes, ridged: {analysis.ridged} (more analyse.pictures help)"
     return Outcome(said, {})
 
 

@@ -1,4 +1,5 @@
-"""The whole sweep by its command, on a tiny teacher: on S3, and killed in every stage."""
+"""The whole sweep by its command: on S3 with a tiny teacher, and the miniature's killed in every
+stage."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from storage.store import open_store
 from trainers.students.plan import load_plan
 
 ROOT = Path(__file__).parents[2]
+MINIATURE = ROOT / "examples" / "miniature"
 COMMAND = [sys.executable, "-m", "cluster.cli.main"]
 STAGES = ("encode", "analyse", "library", "search", "recover", "publish", "report")
 
@@ -102,9 +104,9 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_sweep_killed_in_every_stage_ends_alike(tmp_path: Path, tiny_pipeline: Path) -> None:
-    whole = espalier("sweep", write_config(tmp_path, tiny_pipeline, str(tmp_path / "whole")))
-    config = write_config(tmp_path, tiny_pipeline, str(tmp_path / "killed"))
+def test_a_sweep_killed_in_every_stage_ends_alike(tmp_path: Path) -> None:
+    whole = espalier("sweep", write_config(tmp_path, MINIATURE, str(tmp_path / "whole")))
+    config = write_config(tmp_path, MINIATURE, str(tmp_path / "killed"))
     finished: dict[Path, int] = {}
     for stage in STAGES:
         kill_in(stage, config)

@@ -1,0 +1,46 @@
+"""What Tune asks of its searchers beside suggestions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TextIO
+
+import pytest
+from ray import cloudpickle
+from ray.tune.search import Searcher
+
+from search.proposals import Proposals, Target
+from search.racing import LaneSearcher
+from search.study import PlanSearcher
+from tests.search.test_proposals import make_space
+
+
+@pytest.fixture
+def terminal() -> Iterator[TextIO]:
+    """What nothing can pickle, and a person runs a sweep on."""
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as stream:
+        yield stream
+    os.close(master)
+
+
+class Shown:
+    def __init__(self, terminal: TextIO) -> None:
+        self.terminal = terminal
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        print(done, total, file=self.terminal)
+
+
+def test_tune_can_pickle_a_searcher_that_shows_progress_on_a_terminal(terminal: TextIO) -> None:
+    shown = Shown(terminal)
+    with pytest.raises(Exception, match="tty"):
+        cloudpickle.dumps(shown)
+    proposals = Proposals(make_space(), [Target("50pct", 45)], trials=2, exact=1, lag=1, seed=0)
+    searchers: list[Searcher] = [
+        PlanSearcher(proposals, lambda _: None, lambda *_: shown.update(1, 2)),
+        LaneSearcher([], {}, shown),
+    ]
+    for searcher in searchers:
+        cloudpickle.dumps(searcher)
