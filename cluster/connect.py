@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -101,6 +103,33 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def core_kept_quiet() -> Iterator[None]:
+    """Keeps what Ray's core writes to this process's stderr, and shows it only after a failure.
+
+    It goes past Python, straight to the descriptor, into the middle of the live view; one such line
+    comes with every encode and means nothing.
+    """
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        except (EspalierError, KeyboardInterrupt):
+            failed = False  # says itself what is wrong
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
+            if failed:
+                kept.seek(0)
+                os.write(2, kept.read())
 
 
 def prepare_environment() -> None:

@@ -80,7 +80,7 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
     """Runs those of the stages that are not done, on one Ray for all of them."""
-    from cluster.connect import connected
+    from cluster.connect import connected, core_kept_quiet
     from cluster.live import choose_mode, live_view
     from search.stages import run_stage, skip_stage
 
@@ -99,6 +99,7 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
             progress = view.stage(stage.name)
             with failing(stage.name, view):
                 if stage.needs_cluster(opened) and not joined:
+                    stack.enter_context(core_kept_quiet())
                     stack.enter_context(connected(opened.config.accelerator))
                     joined = True
                 record = run_stage(stage, opened, progress)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import ray
 
-from cluster.connect import ClusterError, connected
+from cluster.connect import ClusterError, connected, core_kept_quiet
 
 
 def test_no_credential_becomes_part_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +29,20 @@ def test_no_credential_becomes_part_of_the_job(monkeypatch: pytest.MonkeyPatch) 
         pass
     assert asked["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "https://store.example"
     assert "secret" not in repr(asked)
+
+
+def test_what_the_core_writes_is_shown_only_after_a_failure(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def written(error: Exception | None) -> str:
+        with suppress(ClusterError, MemoryError), core_kept_quiet():
+            os.write(2, b"a line of the core\n")
+            if error is not None:
+                raise error
+        return capfd.readouterr().err
+
+    assert written(None) == ""
+    assert written(ClusterError("a sentence")) == ""
+    assert written(MemoryError()) == "a line of the core\n"
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
