@@ -55,10 +55,10 @@ from trainers.tasks.shapes.judge import judge
 WIDTH = 64
 BLOCKS = 16
 HEADS = 4
-VARIED, CAPTIONED = 12_000, 24_000
+PICTURES = 16_000
 VAE_STEPS, VAE_BATCH = 900, 24
 DECODER_STEPS = 2_000
-STEPS, BATCH = 6_000, 64
+STEPS, BATCH = 5_000, 64
 SHIFT = 5.0
 """Noise levels of training and of sampling: half of them above 0.83. A drawn shape is so redundant
 that its colour and place can be read off the noisy latents below that, so only the levels above
@@ -82,7 +82,7 @@ def main() -> None:
     vae = train_vae(work / "vae", varied)
     varied_latents = encode_pictures(work / "varied-latents.safetensors", vae, varied)
     polish_decoder(work / "decoder.safetensors", vae, varied_latents, varied)
-    wanted = [sample_training_request(rng) for _ in range(CAPTIONED)]
+    wanted = [sample_training_request(rng) for _ in range(PICTURES)]
     pictures = draw_pictures(work / "pictures.safetensors", (compose(r, rng) for r in wanted))
     latents = encode_pictures(work / "latents.safetensors", vae, pictures)
     captions = [request.caption for request in wanted]
@@ -121,7 +121,7 @@ def make_tokenizer(folder: Path) -> Qwen2Tokenizer:
 
 def varied_scenes(rng: random.Random) -> Iterator[Scene]:
     """Any shapes and colours anywhere, for the autoencoder, which must not know captions."""
-    for _ in range(VARIED):
+    for _ in range(PICTURES):
         while True:
             things = tuple(
                 Thing(rng.choice(SHAPES), rng.choice(list(COLOURS)), place)
@@ -134,7 +134,7 @@ def varied_scenes(rng: random.Random) -> Iterator[Scene]:
 
 
 def draw_pictures(file: Path, scenes: Iterable[Scene]) -> Tensor:
-    """uint8 pictures [N, 3, 64, 64]."""
+    """uint8 pictures [PICTURES, 3, 64, 64]."""
     if not file.exists():
         rng = random.Random(file.stem)
         drawn = [torch.from_numpy(draw(scene, rng)) for scene in scenes]
@@ -179,7 +179,7 @@ def train_vae(folder: Path, pictures: Tensor) -> AutoencoderKLQwenImage:
 
 
 def encode_pictures(file: Path, vae: AutoencoderKLQwenImage, pictures: Tensor) -> Tensor:
-    """Normalised, packed latents [N, 16 tokens, 64], as the transformer reads them."""
+    """Normalised, packed latents [PICTURES, 16 tokens, 64], as the transformer reads them."""
     if not file.exists():
         with single_frame_convolutions():
             raw = encode(vae, pictures)

@@ -36,6 +36,8 @@ OUTSIDE = "outside.safetensors"
 
 _REPORTS = 20
 _KEPT_CHECKPOINTS = 2
+SMALLEST_UNIT = 2**22
+"""Parameters from which a block is sharded on its own."""
 
 
 class RecoveryJob(Section):
@@ -219,7 +221,8 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Spreads a `Distilled` or `Observed` over all ranks, block by block, then the rest.
+    """Spreads a `Distilled` or `Observed` over all ranks: block by block, then the rest, to which
+    blocks of fewer parameters than SMALLEST_UNIT belong.
 
     Weights keep their own precision; passes run in `dtype`, gradients are averaged in float32.
     """
@@ -235,7 +238,9 @@ def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
     for block in module.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        # A collective costs about the same however little it carries: what is small goes together.
+        if sum(parameter.numel() for parameter in block.parameters()) >= SMALLEST_UNIT:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 
 from tests.trainers.students.tiny import FAMILY_TEACHERS, Tiny
+from trainers import worker
 from trainers.distilled import Distilled, Observed
 from trainers.students.surgery import assemble
 from trainers.worker import shard
@@ -25,7 +26,11 @@ def group() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tiny", FAMILY_TEACHERS, ids=lambda tiny: tiny.name)
-def test_sharding_changes_nothing_in_low_precision(tiny: Tiny):
+@pytest.mark.parametrize("smallest", [0, 2**22], ids=["block by block", "together"])
+def test_sharding_changes_nothing_in_low_precision(
+    tiny: Tiny, smallest: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "SMALLEST_UNIT", smallest)
     half, inputs = torch.bfloat16, tiny.inputs(padded=False)
     inputs = replace(
         inputs,

@@ -213,13 +213,9 @@ def compose(request: Request, rng: random.Random, held_out: bool = False) -> Sce
 
 
 def sample_training_request(rng: random.Random) -> Request:
-    """One caption of the training distribution, nothing held out.
-
-    Families are equally likely but for position, which is twice as likely as any other: it has the
-    most to tell apart.
-    """
+    """One caption of the training distribution: families equally likely, nothing held out."""
     while True:
-        request = _sample(rng.choice((*FAMILIES, "position")), rng)
+        request = _sample(rng.choice(FAMILIES), rng)
         if not asks_held_out(request):
             return request
 
