@@ -35,6 +35,7 @@ test-slow: install ## the default suite and the long tests (kills in every stage
 bench: install ## the figures of benchmarks/README.md (after make demo)
 	$(BIN)/python -m benchmarks.search examples/miniature.yaml
 	$(BIN)/python -m benchmarks.library examples/miniature.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m benchmarks.shard examples/miniature.yaml
 
 study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study
