@@ -32,7 +32,7 @@ def main() -> None:
     teacher = json.loads((options.results / "teacher.json").read_text())
     picture = options.document.with_name("study.png")
     plot(rows, teacher, picture)
-    made = "\n\n".join(tables(rows, teacher)) + f"\n\n![Judge score over cost]({picture.name})"
+    made = "\n\n".join(tables(rows, teacher)) + f"\n\n![Judge score over fidelity loss]({picture.name})"
     text = options.document.read_text(encoding="utf-8")
     pattern = re.compile(r"(<!-- results -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
     options.document.write_text(pattern.sub(lambda m: m[1] + made + m[2], text), "utf-8")
@@ -46,7 +46,7 @@ def tables(rows: Sequence[Row], teacher: Row) -> list[str]:
         f"Teacher: {teacher['parameters']:,} parameters, judge {families}; diffusion loss "
         f"{teacher['diffusion']:.3f}, {teacher['latency_ms']:.1f} ms a pass."
     ]
-    for budget in dict.fromkeys(row["budget"] for row in rows):
+    for budget in budgets_of(rows):
         here = [row for row in rows if row["budget"] == budget]
         found.append(f"### At {budget} of the parameters")
         found.append(main_table(METHODS, here))
@@ -57,6 +57,11 @@ def tables(rows: Sequence[Row], teacher: Row) -> list[str]:
             found.append(f"### One part at a time, at {budget}")
             found.append(main_table([*like, *ablated], here))
     return found
+
+
+def budgets_of(rows: Sequence[Row]) -> list[str]:
+    """The largest first."""
+    return sorted({row["budget"] for row in rows}, key=lambda b: -float(b.rstrip("%")))
 
 
 def main_table(methods: Sequence[Method], rows: Sequence[Row]) -> str:
@@ -120,7 +125,7 @@ def plot(rows: Sequence[Row], teacher: Row, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    budgets = budgets_of(rows)
     drawn, axes = pyplot.subplots(1, len(budgets), figsize=(11, 4.5), squeeze=False, sharey=True)
     colours = [f"C{i}" for i in range(10)]
     for ax, budget in zip(axes[0], budgets, strict=True):
