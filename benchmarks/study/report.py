@@ -32,7 +32,8 @@ def main() -> None:
     teacher = json.loads((options.results / "teacher.json").read_text())
     picture = options.document.with_name("study.png")
     plot(rows, teacher, picture)
-    made = "\n\n".join(tables(rows, teacher)) + f"\n\n![Judge score over fidelity loss]({picture.name})"
+    shown = f"![Judge score over fidelity loss]({picture.name})"
+    made = "\n\n".join([*tables(rows, teacher), shown])
     text = options.document.read_text(encoding="utf-8")
     pattern = re.compile(r"(<!-- results -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
     options.document.write_text(pattern.sub(lambda m: m[1] + made + m[2], text), "utf-8")
