@@ -107,10 +107,11 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
 
 @contextmanager
 def core_kept_quiet() -> Iterator[None]:
-    """Keeps what Ray's core writes to this process's stderr, and shows it only after a failure.
+    """Keeps all that is written to this process's stderr, and shows it only after a failure that
+    does not explain itself.
 
-    It goes past Python, straight to the descriptor, into the middle of the live view; one such line
-    comes with every encode and means nothing.
+    Ray's core writes past Python, straight to the descriptor, into the middle of the live view; one
+    such line comes with every encode and means nothing.
     """
     sys.stderr.flush()
     shown = os.dup(2)

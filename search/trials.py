@@ -41,7 +41,7 @@ class SearchConfig(Section):
 
     exact: NonNegativeInt = 3
     """How many plans of least summed damage each budget starts with; those of `rules` come on
-    top."""
+    top. 0 leaves the rules alone: the library then holds what their plans need and no more."""
 
     rules: tuple[Rule, ...] = ("uniform", "ppcl", "amber")
     """Rules whose plans each budget starts with too: `uniform`, `ppcl`, `amber`, or `influence`

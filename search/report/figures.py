@@ -115,7 +115,7 @@ def _trials(data: ReportData) -> Drawing:
         caption=(
             "The search in the order it proposed. A line is the best plan so far that fits that "
             "budget; where it steps down, the search found what its starting points had not. Exact "
-            "and uniform plans are starting points, TPE learns from all before it."
+            "plans and those of rules are starting points, TPE learns from all before it."
             + (f" Crosses at the top: {failed} failed trials." if failed else "")
         ),
         draw=lambda theme: _draw_trials(data, theme),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from search.analyse import Analysis, load_analysis, nominate
@@ -47,14 +48,29 @@ def nominated(sweep: Sweep) -> list[BlockPlan]:
     if sweep.config.plan is not None:
         return [block for block in sweep.config.plan.blocks if block.start == "library"]
     analysis = read_analysis(sweep)
+    starts = rule_plans(sweep, analysis)
+    if sweep.config.search.exact == 0:
+        return rules_alone(starts, list(sweep.limits))
     return nominate(
         analysis.damages,
         sweep.teacher.family.name,
         sweep.teacher.config,
         sorted(sweep.limits.values(), reverse=True),
         sweep.config.analyse.replacements,
-        [plan for _, _, plan in rule_plans(sweep, analysis)],
+        [plan for _, _, plan in starts],
     )
+
+
+def rules_alone(starts: Sequence[Start], budgets: Sequence[str]) -> list[BlockPlan]:
+    """What the rules' plans need and no more; SweepError names a budget that no rule reaches."""
+    for budget in budgets:
+        if not any(label == budget for label, _, _ in starts):
+            raise SweepError(
+                f"budget {budget}: no rule of search.rules reaches it; ask for more, add a rule, "
+                "or set search.exact above 0"
+            )
+    blocks = (block for _, _, plan in starts for block in plan.blocks)
+    return list(dict.fromkeys(block for block in blocks if not block.untouched))
 
 
 def read_analysis(sweep: Sweep) -> Analysis:

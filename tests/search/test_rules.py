@@ -12,6 +12,8 @@ from torch import Tensor
 
 from search.analyse import Analysis
 from search.rules import RULES, Ground, amber, influence, ppcl, ppcl_intervals
+from search.stages.library import rules_alone
+from search.sweep import SweepError
 from trainers.students.counts import plan_parameters
 from trainers.students.plan import BlockPlan, identity_plan, uniform_plan
 
@@ -173,3 +175,11 @@ def test_uniform_spans_use_the_limit():
     plan = RULES["uniform"](ground(analysis()), limit(5))
     assert plan is not None
     assert sorted(block.length for block in plan.blocks) == [1, 1, 2, 2, 2]
+
+
+def test_rules_alone_need_their_own_replacements_and_a_plan_for_every_budget():
+    found = ground(analysis(chain_of({})))
+    starts = [("50pct", "uniform", RULES["uniform"](found, limit(5)))]
+    assert [block.span for block in rules_alone(starts, ["50pct"])] == [(1, 2), (4, 5), (6, 7)]
+    with pytest.raises(SweepError, match="budget 33pct: no rule"):
+        rules_alone(starts, ["50pct", "33pct"])
