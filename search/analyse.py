@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from search.solver import Piece, damages_through
 from search.space import Space
@@ -45,8 +45,15 @@ class AnalyseConfig(Section):
     kernel: Literal["linear", "rbf"] = "linear"
     """Of CKA; `rbf` takes the median distance of the tokens as its width."""
 
+    probe_steps: NonNegativeInt = 4
+    """Steps that train the linear probes after their closed form (PPCL); they matter where a system
+    was singular."""
+
+    workers: PositiveInt = 1
+    """Ray workers that share the pictures; what they find does not depend on their number."""
+
     batch_size: PositiveInt = 64
-    """Pictures in one pass of the teacher."""
+    """Pictures in one pass of the teacher; what is drawn for each depends on it."""
 
     replacements: PositiveInt = 48
     """Replacements nominated for the library at most; those of the plans that a search starts from

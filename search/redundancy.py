@@ -1,15 +1,20 @@
 """Measures how redundant a teacher's blocks are, on a few training pictures. Plain torch.
 
 Linear probes and their chains follow PPCL (arXiv 2511.16156), importance Amber-Image
-(arXiv 2602.17047, without its weighting of timesteps: each band is given apart). Shapes: B batch,
-N image tokens, M text tokens, D width, T sampled tokens, L blocks.
+(arXiv 2602.17047, without its weighting of timesteps: each band is given apart).
+
+One pass over the pictures sums up what probes, maps and CKA are solved from (search/statistics.py);
+a second looks at what changes at single blocks do (search/effects.py). Several `Measurer`s share
+the pictures: sums and solutions of a block meet at one of them, so that none holds more than its
+own sums and the solutions. Shapes: B batch, T sampled tokens, D width, L blocks.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,16 +22,165 @@ from torch import Tensor, nn
 
 from search.analyse import AnalyseConfig, Analysis
 from search.cka import Kernel, aligned, cka_map, kernel
+from search.effects import Effects, changed_blocks, measure, probed, single_blocks
 from search.statistics import STREAMS, Statistics, cosine_influence, gather, share
 from trainers.data.latents import Latents, generator_at, make_inputs
 from trainers.progress import Progress, silent
-from trainers.students.families.base import Config, Context, Family, Inputs, State
-from trainers.students.fits import solve_maps
+from trainers.students.families.base import Config, Family, Inputs
+from trainers.students.fits import solve_maps, trained_probe
 from trainers.students.plan import BlockPlan
-from trainers.students.surgery import Fits, make_block
+from trainers.students.surgery import Fits
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Solved:
+    """One block's solutions, of the sums over all pictures."""
+
+    block: int
+    probes: Mapping[tuple[int, str], Tensor]
+    fits: Fits
+    ffn_error: float
+    ridged: int
+
+
+class Measurer:
+    """One of several workers that measure one teacher; alone, it does everything (`analyse`).
+
+    In this order: `gather` on all, `take` a block from all and `solve` it on any, `effects` on all,
+    `conclude` on any.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        family: Family,
+        latents: Latents,
+        candidates: Sequence[BlockPlan],
+        config: AnalyseConfig,
+        seed: int,
+        part: int = 0,
+        parts: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        self._teacher, self._family, self._latents = teacher, family, latents
+        self._candidates, self._config, self._seed = candidates, config, seed
+        self._part, self._parts = part, parts
+        self._progress = progress or silent()
+        self._settings: Config = dict(cast("Any", teacher).config)
+        self._statistics = Statistics()
+
+    def gather(self) -> None:
+        """Sums up this worker's pictures, in one pass of the teacher."""
+        wanted = wanted_maps(self._family, self._settings, self._candidates)
+        tokens = share(self._config.tokens, self._batches)
+        for done, (number, inputs, _) in enumerate(self._calibration(), start=1):
+            self._statistics.add(
+                gather(self._teacher, self._family, inputs, number, wanted, tokens, self._seed)
+            )
+            self._progress.update(done, 2 * self._own)
+
+    def take(self, block: int) -> Statistics:
+        """Hands over the sums of one block, which are not kept."""
+        return self._statistics.take(block)
+
+    def samples(self) -> Statistics:
+        """Hands over the sampled states, which are not kept."""
+        return self._statistics.take(None)
+
+    def solve(self, block: int, *sums: Statistics) -> Solved:
+        """Probes and maps of one block from all workers' sums."""
+        total = Statistics()
+        for part in sums:
+            total.add(part.to(self._device))
+        steps = self._config.probe_steps
+        solutions = {key: found.probe() for key, found in total.probes.items()}
+        names = _ffn_maps(self._family, self._settings, block)
+        errors = [total.maps[block, name].error() for name in names]
+        return Solved(
+            block=block,
+            probes={
+                key: trained_probe(solution.weight, total.probes[key], steps).cpu()
+                for key, solution in solutions.items()
+            },
+            fits={i: _on_cpu(maps) for i, maps in solve_maps(total.maps).items()},
+            ffn_error=sum(errors) / len(errors) if errors else math.inf,
+            ridged=sum(solution.ridged for solution in solutions.values()),
+        )
+
+    def effects(self, *solved: Solved) -> Effects:
+        """What changes at single blocks do to this worker's pictures."""
+        probes = {key: weight for one in solved for key, weight in one.probes.items()}
+        fits = {block: maps for one in solved for block, maps in one.fits.items()}
+        effects = Effects.none(len(solved), self._config.bands, changed_blocks(self._candidates))
+        for done, (_, inputs, bands_B) in enumerate(self._calibration(), start=1):
+            measure(effects, self._teacher, self._family, inputs, bands_B, probes, fits)
+            self._progress.update(self._own + done, 2 * self._own)
+        return effects
+
+    def conclude(
+        self, solved: Sequence[Solved], effects: Sequence[Effects], samples: Sequence[Statistics]
+    ) -> Analysis:
+        """The analysis, of what all workers found."""
+        config, device = self._config, self._device
+        whole = Effects.none(len(solved), config.bands, changed_blocks(self._candidates))
+        for part in effects:
+            whole.add(part)
+        states = Statistics()
+        for drawn in samples:
+            states.add(drawn)
+        probes = {key: weight for one in solved for key, weight in one.probes.items()}
+        max_span = max(block.length for block in self._candidates)
+        maps, chains, influence = {}, {}, {}
+        for name in STREAMS:
+            states_TD = [state_TD.to(device) for state_TD in states.samples(name)]
+            own = [probes[i, name].to(device) for i in range(len(solved))]
+            maps[name] = cka_map(states_TD[1:], config.kernel).cpu()
+            chains[name] = _chains(states_TD, own, max_span, config.kernel)
+            influence[name] = cosine_influence(states_TD).cpu()
+        return Analysis(
+            bands=_band_names(config.bands),
+            importance=whole.importance(),
+            influence=(influence["image"] + influence["text"]) / 2,
+            ffn_error=torch.tensor([one.ffn_error for one in solved]),
+            image_cka=maps["image"],
+            text_cka=maps["text"],
+            image_chain=chains["image"],
+            text_chain=chains["text"],
+            damages=whole.damages(self._candidates),
+            ridged=sum(one.ridged for one in solved),
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._teacher.parameters()).device
+
+    @property
+    def _batches(self) -> int:
+        """Batches of all workers."""
+        pictures = min(self._config.pictures, len(self._latents.training))
+        return math.ceil(pictures * self._config.bands / self._config.batch_size)
+
+    @property
+    def _own(self) -> int:
+        return len(range(self._part, self._batches, self._parts))
+
+    def _calibration(self) -> Iterator[tuple[int, Inputs, Tensor]]:
+        """This worker's batches: their numbers, inputs, and the band of each picture in them; band
+        0 is the noisiest. What is in a batch does not depend on the number of workers."""
+        config, example = self._config, next(self._teacher.parameters())
+        pictures = self._latents.training[: config.pictures]
+        wanted = [(picture, band) for picture in pictures for band in range(config.bands)]
+        for number in range(self._part, self._batches, self._parts):
+            chosen = wanted[number * config.batch_size : (number + 1) * config.batch_size]
+            batch = self._latents.batch([picture for picture, _ in chosen])
+            bands_B = torch.tensor([band for _, band in chosen])
+            generator = generator_at(self._seed, number * config.batch_size, "analysis")
+            noise_BNC = torch.randn(batch.clean_BNC.shape, generator=generator)
+            t_B = 1 - (bands_B + torch.rand(len(chosen), generator=generator)) / config.bands
+            batch = batch.to(example.device, example.dtype)
+            yield number, make_inputs(batch, t_B, noise_BNC.to(batch.clean_BNC)), bands_B
+
+
 def analyse(
     teacher: nn.Module,
     family: Family,
@@ -36,52 +190,12 @@ def analyse(
     seed: int,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measure a frozen teacher and estimate the damage of each candidate replacement.
-
-    The estimate of a span is the squared change of the velocity when all its blocks but the first
-    give way to their linear probes; of another FFN or text, the mean over its blocks of what it
-    does to one alone, added to that: FFNs narrowed by their channels' importance, linear maps
-    fitted in closed form. Both are measured through the rest of the teacher. Trained replacements
-    do better; the order is what counts.
-    """
-    progress = progress or silent()
-    blocks = list(family.block_modules(teacher))
-    max_span = max(block.length for block in candidates)
-    batches = list(_calibration(teacher, latents, config, seed))
-    total = 2 * len(batches)
-
-    effects = _Effects(len(blocks), config.bands, candidates)
-    wanted = wanted_maps(family, dict(cast("Any", teacher).config), candidates)
-    statistics = Statistics()
-    for index, (inputs, _) in enumerate(batches):
-        per_batch = share(config.tokens, len(batches))
-        found = gather(teacher, family, inputs, index, wanted, per_batch, seed)
-        statistics.add(found)
-        progress.update(index + 1, total)
-    solutions = {key: sums.probe() for key, sums in statistics.probes.items()}
-    probes = {name: [solutions[i, name].weight for i in range(len(blocks))] for name in STREAMS}
-    fits = solve_maps(statistics.maps)
-    for index, (inputs, bands) in enumerate(batches):
-        _measure_effects(effects, teacher, family, blocks, inputs, bands, probes, fits)
-        progress.update(len(batches) + index + 1, total)
-
-    samples = {name: statistics.samples(name) for name in STREAMS}
-    maps = {name: cka_map(samples[name][1:], config.kernel) for name in STREAMS}
-    chains = {
-        name: _chains(samples[name], probes[name], max_span, config.kernel) for name in STREAMS
-    }
-    return Analysis(
-        bands=_band_names(config.bands),
-        importance=effects.importance(),
-        influence=(cosine_influence(samples["image"]) + cosine_influence(samples["text"])) / 2,
-        ffn_error=_ffn_errors(family, dict(cast("Any", teacher).config), statistics),
-        image_cka=maps["image"],
-        text_cka=maps["text"],
-        image_chain=chains["image"],
-        text_chain=chains["text"],
-        damages=effects.damages(),
-        ridged=sum(solution.ridged for solution in solutions.values()),
-    )
+    """Measure a frozen teacher and estimate the damage of each candidate replacement, here."""
+    alone = Measurer(teacher, family, latents, candidates, config, seed, progress=progress)
+    alone.gather()
+    blocks = range(len(family.block_modules(teacher)))
+    solved = [alone.solve(i, alone.take(i)) for i in blocks]
+    return alone.conclude(solved, [alone.effects(*solved)], [alone.samples()])
 
 
 def wanted_maps(
@@ -90,124 +204,19 @@ def wanted_maps(
     """The linear maps that are fitted to each block: those of the candidates, and of all FFNs."""
     wanted = {i: set(_ffn_maps(family, config, i)) for i in range(family.blocks(config))}
     for block in candidates:
-        for variant in [] if block.depth_only else _variants(block):
+        for variant in [] if block.depth_only else single_blocks(block):
             wanted[variant.span[0]].update(family.maps(variant))
     return wanted
 
 
-def _ffn_errors(family: Family, config: Config, statistics: Statistics) -> Tensor:
-    errors = []
-    for i in range(family.blocks(config)):
-        names = _ffn_maps(family, config, i)
-        found = [statistics.maps[i, name].error() for name in names]
-        errors.append(sum(found) / len(found) if found else math.inf)
-    return torch.tensor(errors)
-
-
-class _Effects:
-    """Squared changes of the velocity, summed over calibration pictures."""
-
-    def __init__(self, blocks: int, bands: int, candidates: Sequence[BlockPlan]) -> None:
-        self._candidates = candidates
-        self.spans = {block.span: 0.0 for block in candidates if block.length > 1}
-        self.variants = {
-            variant: 0.0
-            for block in candidates
-            if not block.depth_only
-            for variant in _variants(block)
-        }
-        self._skipped = torch.zeros(blocks, bands, dtype=torch.float64)
-        self._counts = torch.zeros(bands, dtype=torch.float64)
-        self._pictures = 0
-
-    def count(self, bands_B: Tensor) -> None:
-        self._counts += torch.bincount(bands_B, minlength=len(self._counts))
-        self._pictures += len(bands_B)
-
-    def skipped(self, block: int, change_B: Tensor, bands_B: Tensor) -> None:
-        self._skipped[block].index_add_(0, bands_B, change_B.double().cpu())
-
-    def importance(self) -> Tensor:
-        return (self._skipped / self._counts).float()
-
-    def damages(self) -> dict[BlockPlan, float]:
-        found: dict[BlockPlan, float] = {}
-        for block in self._candidates:
-            total = self.spans.get(block.span, 0.0)
-            if not block.depth_only:
-                # The replacement starts from any one of its blocks: their mean.
-                changed = [self.variants[variant] for variant in _variants(block)]
-                total += sum(changed) / len(changed)
-            found[block] = total / self._pictures
-        return found
-
-
-def _measure_effects(
-    effects: _Effects,
-    teacher: nn.Module,
-    family: Family,
-    blocks: Sequence[nn.Module],
-    inputs: Inputs,
-    bands_B: Tensor,
-    probes: dict[str, list[Tensor]],
-    fits: Fits,
-) -> None:
-    states, context = _states(teacher, family, blocks, inputs)
-    velocity_BNC = family.end(teacher, states[-1], context).float()
-
-    def change(state: State, after: int) -> Tensor:
-        """Mean squared change of each picture's velocity if `state` came after block `after`."""
-        for module in blocks[after + 1 :]:
-            state = family.run_block(module, state, context)
-        other_BNC = family.end(teacher, state, context).float()
-        return (other_BNC - velocity_BNC).square().mean(dim=(1, 2))
-
-    effects.count(bands_B)
-    for i in range(len(blocks)):
-        effects.skipped(i, change(states[i], i), bands_B)
-    for first, last in effects.spans:
-        state = states[first + 1]
-        for i in range(first + 1, last + 1):
-            state = State(
-                _probed(state.text_BMD, probes["text"][i]),
-                _probed(state.image_BND, probes["image"][i]),
-            )
-        effects.spans[first, last] += float(change(state, last).sum())
-    config = dict(cast("Any", teacher).config)
-    for variant in effects.variants:
-        i = variant.span[0]
-        changed = make_block(family, config, blocks, variant, fits=fits)
-        after = family.run_block(changed, states[i], context)
-        effects.variants[variant] += float(change(after, i).sum())
+def _on_cpu(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in maps.items()}
 
 
 def _ffn_maps(family: Family, config: Config, i: int) -> tuple[str, ...]:
     """The maps that would stand for the FFNs of a block; none where it cannot have them."""
     linear = BlockPlan(span=(i, i), ffn="linear")
     return () if family.refusal(config, linear) else family.maps(linear)
-
-
-def _variants(block: BlockPlan) -> list[BlockPlan]:
-    """What the block changes beside its depth, at each of its blocks alone."""
-    first, last = block.span
-    alone = {"start": "first", "text_map": False}
-    return [block.model_copy(update={"span": (i, i), **alone}) for i in range(first, last + 1)]
-
-
-def _states(
-    teacher: nn.Module, family: Family, blocks: Sequence[nn.Module], inputs: Inputs
-) -> tuple[list[State], Context]:
-    """The states before the first block and after each."""
-    state, context = family.begin(teacher, inputs)
-    states = [state]
-    for module in blocks:
-        state = family.run_block(module, state, context)
-        states.append(state)
-    return states, context
-
-
-def _probed(state_BND: Tensor, probe_DD: Tensor) -> Tensor:
-    return state_BND + state_BND @ probe_DD.to(state_BND)
 
 
 def _chains(
@@ -219,27 +228,9 @@ def _chains(
         state_TD = samples[u + 1]
         chain[u, 0] = 1.0
         for k in range(u + 1, min(u + max_span, len(probes))):
-            state_TD = _probed(state_TD, probes[k].cpu())
+            state_TD = probed(state_TD, probes[k])
             chain[u, k - u] = aligned(kernel(state_TD, by), kernels[k])
     return chain
-
-
-def _calibration(
-    teacher: nn.Module, latents: Latents, config: AnalyseConfig, seed: int
-) -> Iterator[tuple[Inputs, Tensor]]:
-    """Batches of inputs, and the band of each picture in them; band 0 is the noisiest."""
-    example = next(teacher.parameters())
-    pictures = latents.training[: config.pictures]
-    wanted = [(picture, band) for picture in pictures for band in range(config.bands)]
-    for start in range(0, len(wanted), config.batch_size):
-        chosen = wanted[start : start + config.batch_size]
-        batch = latents.batch([picture for picture, _ in chosen])
-        bands_B = torch.tensor([band for _, band in chosen])
-        generator = generator_at(seed, start, "analysis")
-        noise_BNC = torch.randn(batch.clean_BNC.shape, generator=generator)
-        t_B = 1 - (bands_B + torch.rand(len(chosen), generator=generator)) / config.bands
-        batch = batch.to(example.device, example.dtype)
-        yield make_inputs(batch, t_B, noise_BNC.to(batch.clean_BNC)), bands_B
 
 
 def _band_names(bands: int) -> tuple[str, ...]:

@@ -43,6 +43,26 @@ class Statistics:
                     mine[key] = sums
         self.sampled |= other.sampled
 
+    def take(self, block: int | None) -> Statistics:
+        """Removes and returns the sums of one block, or with None the sampled states; on the CPU,
+        for whichever worker solves them."""
+        if block is None:
+            taken, self.sampled = Statistics(sampled=self.sampled), {}
+            return taken
+        taken = Statistics()
+        for mine, its in ((self.maps, taken.maps), (self.probes, taken.probes)):
+            for key in [key for key in mine if key[0] == block]:
+                its[key] = mine.pop(key).to("cpu")
+        return taken
+
+    def to(self, device: torch.device) -> Statistics:
+        """These sums on a device."""
+        return Statistics(
+            {key: sums.to(device) for key, sums in self.maps.items()},
+            {key: sums.to(device) for key, sums in self.probes.items()},
+            self.sampled,
+        )
+
     def samples(self, stream: str) -> list[Tensor]:
         """The states [T, D] of a stream before the first block and after each."""
         batches = sorted(batch for name, batch in self.sampled if name == stream)

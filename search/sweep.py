@@ -91,7 +91,7 @@ class Sweep:
         return _digest(
             self.teacher.digest,
             self.encoded_digest,
-            self.config.analyse.model_dump(mode="json", exclude={"replacements", "batch_size"}),
+            self.config.analyse.model_dump(mode="json", exclude={"replacements", "workers"}),
             {"widths": library.widths, "texts": library.texts, "max_span": library.max_span},
             self.config.plan,
             self.config.seed,

@@ -15,24 +15,28 @@ from trainers.teacher import Teacher
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
+    from search.measuring import measure_apart
     from search.redundancy import wanted_maps
     from search.statistics import memory
 
-    place(
-        sweep,
-        _measure,
-        progress,
-        teacher=sweep.teacher,
-        encoded=sweep.encoded_prefix,
-        candidates=sweep.candidates,
-        config=sweep.config.analyse,
-        seed=sweep.config.seed,
-        out=sweep.analysis_prefix,
-    )
-    family, config = sweep.teacher.family, sweep.teacher.config
-    taken = memory(
-        config, family, wanted_maps(family, config, sweep.candidates), sweep.config.analyse.tokens
-    )
+    config = sweep.config.analyse
+    if config.workers > 1:
+        measure_apart(sweep, progress)
+    else:
+        place(
+            sweep,
+            _measure,
+            progress,
+            teacher=sweep.teacher,
+            encoded=sweep.encoded_prefix,
+            candidates=sweep.candidates,
+            config=config,
+            seed=sweep.config.seed,
+            out=sweep.analysis_prefix,
+        )
+    family, settings = sweep.teacher.family, sweep.teacher.config
+    wanted = wanted_maps(family, settings, sweep.candidates)
+    taken = memory(settings, family, wanted, config.tokens)
     said = (
         f"{sweep.teacher_blocks} blocks, {len(sweep.candidates)} candidate replacements, "
         f"statistics of {words.memory(taken)}"
@@ -72,5 +76,5 @@ ANALYSE = Stage(
     digest=lambda sweep: sweep.analysis_digest,
     shared=lambda sweep: sweep.analysis_prefix,
     run=run,
-    placed=True,
+    placed=lambda sweep: sweep.config.analyse.workers == 1,
 )

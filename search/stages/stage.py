@@ -44,11 +44,11 @@ class Stage:
     """Prefix of an output that belongs to no single sweep; its manifest says that it is there."""
     check: Callable[[Sweep], object] | None = None
     """Finds, before any worker starts, what is wrong with the stage's input."""
-    placed: bool = False
+    placed: Callable[[Sweep], bool] = lambda _: False
     """Whether it runs in this process unless models run on GPUs, see `place`."""
 
     def needs_cluster(self, sweep: Sweep) -> bool:
-        return not self.placed or sweep.config.accelerator == "gpu"
+        return not self.placed(sweep) or sweep.config.accelerator == "gpu"
 
     def state(self, sweep: Sweep) -> StageState:
         if self.shared is not None:

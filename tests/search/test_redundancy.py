@@ -6,15 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import nn
 
 from search.analyse import AnalyseConfig, Analysis, load_analysis, nominate, save_analysis
-from search.redundancy import analyse
+from search.config import SweepConfig
+from search.effects import probed
+from search.redundancy import Measurer, analyse
 from search.solver import Piece, smallest
 from search.space import candidates
+from search.stages import stage_named
+from search.sweep import open_sweep
 from storage.store import open_store
 from tests.trainers.small import load_transformer, small_latents
+from trainers.data.latents import make_inputs
+from trainers.progress import silent
 from trainers.students.families import FAMILIES
+from trainers.students.families.base import State
 from trainers.students.plan import BlockPlan, uniform_plan
 
 FAMILY = FAMILIES["qwen_image"]
@@ -110,3 +118,98 @@ def test_nominations_can_meet_every_budget(
         assert {b for b in CANDIDATES if b.length > 1} <= set(chosen)
     if most == 8:
         assert 5 <= len(chosen) <= 16
+
+
+def test_a_spans_damage_follows_that_of_its_whole_chain(
+    teacher: nn.Module, analysis: Analysis
+) -> None:
+    """Against the formula written out: every chain of probes put in the place of its blocks."""
+    alone = Measurer(teacher, FAMILY, small_latents(), CANDIDATES, CONFIG, seed=0)
+    alone.gather()
+    solved = [alone.solve(i, alone.take(i)) for i in range(6)]
+    probes = {key: weight for one in solved for key, weight in one.probes.items()}
+    batch = small_latents().batch(small_latents().training[:4])
+    noise = torch.randn(batch.clean_BNC.shape, generator=torch.Generator().manual_seed(0))
+    inputs = make_inputs(batch, torch.full((4,), 0.6), noise)
+    blocks = FAMILY.block_modules(teacher)
+
+    def velocity(first: int, last: int) -> torch.Tensor:
+        state, context = FAMILY.begin(teacher, inputs)
+        for i, block in enumerate(blocks):
+            if first < i <= last:
+                state = State(
+                    probed(state.text_BMD, probes[i, "text"]),
+                    probed(state.image_BND, probes[i, "image"]),
+                )
+            else:
+                state = FAMILY.run_block(block, state, context)
+        return FAMILY.end(teacher, state, context)
+
+    with torch.no_grad():
+        whole = velocity(0, 0)
+        merged = [b for b in CANDIDATES if b.length > 1 and b.depth_only]
+        chained = [float((velocity(*b.span) - whole).square().mean()) for b in merged]
+    estimated = [analysis.damages[block] for block in merged]
+    assert spearmanr(chained, estimated).statistic > 0.8
+
+
+def test_workers_that_share_the_pictures_find_what_one_finds(
+    teacher: nn.Module, analysis: Analysis
+) -> None:
+    parts = [
+        Measurer(teacher, FAMILY, small_latents(), CANDIDATES, CONFIG, seed=0, part=i, parts=4)
+        for i in range(4)
+    ]
+    for part in parts:
+        part.gather()
+    solved = [parts[i % 4].solve(i, *(part.take(i) for part in parts)) for i in range(6)]
+    effects = [part.effects(*solved) for part in parts]
+    shared = parts[2].conclude(solved, effects, [part.samples() for part in parts])
+    same_analysis(shared, analysis)
+    assert not any(part.take(0).probes for part in parts)
+
+
+@pytest.mark.usefixtures("ray")
+def test_ray_workers_find_what_one_process_finds(tiny_pipeline: Path, tmp_path: Path) -> None:
+    sweeps = []
+    for workers in (1, 4):
+        config = SweepConfig.model_validate(
+            {
+                "name": "tiny",
+                "teacher": str(tiny_pipeline),
+                "storage": str(tmp_path / f"runs{workers}"),
+                "budgets": ["60%"],
+                "data": {"source": "shapes", "pictures": 24, "held_out": 4, "resolution": 64},
+                "analyse": {**CONFIG.model_dump(), "workers": workers},
+                "library": {"max_span": 3},
+            }
+        )
+        sweep = open_sweep(config)
+        stage_named("encode").run(sweep, silent())
+        assert stage_named("analyse").needs_cluster(sweep) == (workers > 1)
+        stage_named("analyse").run(sweep, silent())
+        sweeps.append(sweep)
+    found = [load_analysis(sweep.store, sweep.analysis_prefix) for sweep in sweeps]
+    assert sweeps[0].analysis_prefix == sweeps[1].analysis_prefix
+    assert found[0] is not None
+    assert found[1] is not None
+    same_analysis(found[1], found[0])
+
+
+def same_analysis(ours: Analysis, theirs: Analysis) -> None:
+    """To 1e-6, as float32 allows."""
+    assert (ours.bands, ours.ridged) == (theirs.bands, theirs.ridged)
+    for name in (
+        "importance",
+        "influence",
+        "ffn_error",
+        "image_cka",
+        "text_cka",
+        "image_chain",
+        "text_chain",
+    ):
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(theirs, name), rtol=1e-6, atol=1e-6, equal_nan=True
+        )
+    for block, damage in theirs.damages.items():
+        assert ours.damages[block] == pytest.approx(damage, rel=1e-6, abs=1e-6)

@@ -15,7 +15,7 @@ from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import generator_at, make_inputs
 from trainers.students.families import FAMILIES
 from trainers.students.families.base import Inputs
-from trainers.students.fits import MapSums, least_squares, solve_maps
+from trainers.students.fits import MapSums, least_squares, solve_maps, trained_probe
 
 FAMILY = FAMILIES["qwen_image"]
 OFFERED = candidates(6, 3, (1.0, "linear"), ("dual", "projected"))
@@ -131,6 +131,27 @@ def test_the_probe_of_least_squares_has_no_gradient_left_to_train_on() -> None:
     (x @ weight - y).square().mean().backward()
     assert weight.grad is not None
     assert weight.grad.abs().max() < 1e-6
+
+
+def test_training_a_probe_lowers_its_error_and_leaves_the_best_one_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(300, 5, generator=generator), torch.randn(300, 5, generator=generator)
+    sums = MapSums.of(x, y)
+
+    def error(weight: torch.Tensor) -> float:
+        return float((x @ weight - y).square().mean())
+
+    start = torch.zeros(5, 5)
+    errors = [error(trained_probe(start, sums, steps)) for steps in range(4)]
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == 4
+    best = sums.probe().weight
+    torch.testing.assert_close(trained_probe(best, sums, 3), best, rtol=1e-4, atol=1e-5)
+    few = MapSums.of(x[:3], y[:3])
+    assert few.probe().ridged
+    ridged = few.probe().weight
+    trained = trained_probe(ridged, few, 4)
+    assert (x[:3] @ trained - y[:3]).norm() <= (x[:3] @ ridged - y[:3]).norm()
 
 
 def test_a_singular_system_is_ridged_and_says_so() -> None:
