@@ -43,6 +43,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     probes = {key: weight for one in solved for key, weight in one.probes.items()}
     merged = [b for b in sweep.candidates if b.length > 1 and b.depth_only]
+    spans = [block.span for block in merged]
 
     started = time.perf_counter()
     batch = latents.batch(latents.training[: settings.pictures])
@@ -55,11 +56,10 @@ def main() -> None:
             inputs = make_inputs(batch, t_B, noise_BNC)
             state, context = family.begin(teacher, inputs)
             states = [state]
-            for block in blocks:
-                states.append(family.run_block(block, states[-1], context))
+            for module in blocks:
+                states.append(family.run_block(module, states[-1], context))
             velocity_BNC = family.end(teacher, states[-1], context)
-            for at, block in enumerate(merged):
-                first, last = block.span
+            for at, (first, last) in enumerate(spans):
                 state = states[first + 1]
                 for i in range(first + 1, last + 1):
                     state = State(

@@ -20,7 +20,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKLQwenImage,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -38,6 +39,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from trainers.evaluate import generate
 from trainers.tasks.shapes.draw import draw
 from trainers.tasks.shapes.grammar import (
     COLOURS,
@@ -260,6 +262,32 @@ def train_transformer(
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     trained = torch.nn.ModuleDict({"transformer": transformer, "text": text_encoder.model})
+
+    def velocity(captions: list[str], noisy_BND: Tensor, t_B: Tensor) -> Tensor:
+        embeds, mask = pipeline.encode_prompt(captions)
+        return transformer(
+            hidden_states=noisy_BND,
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
+            timestep=t_B,
+            img_shapes=[[(1, 4, 4)]] * BATCH,
+            return_dict=False,
+        )[0]
+
+    train(options, pipeline, trained, velocity, latents, captions)
+    return pipeline
+
+
+def train(
+    options: argparse.Namespace,
+    pipeline: DiffusionPipeline,
+    trained: torch.nn.ModuleDict,
+    velocity: Callable[[list[str], Tensor, Tensor], Tensor],
+    latents: Tensor,
+    captions: list[str],
+) -> None:
+    """Flow matching on what `velocity` makes of captions, noisy latents [B, N, D] and times [B];
+    leaves the average of the weights in `trained`."""
     average = copy.deepcopy(trained).requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in trained.parameters() if p.requires_grad],
@@ -277,15 +305,8 @@ def train_transformer(
         u_B = torch.rand(BATCH, generator=generator)
         t_B = SHIFT * u_B / (1 + (SHIFT - 1) * u_B)
         t_B11 = t_B.view(-1, 1, 1)
-        embeds, mask = pipeline.encode_prompt([captions[i] for i in chosen.tolist()])
-        velocity_BND = transformer(
-            hidden_states=(1 - t_B11) * x_BND + t_B11 * noise_BND,
-            encoder_hidden_states=embeds,
-            encoder_hidden_states_mask=mask,
-            timestep=t_B,
-            img_shapes=[[(1, 4, 4)]] * BATCH,
-            return_dict=False,
-        )[0]
+        said = [captions[i] for i in chosen.tolist()]
+        velocity_BND = velocity(said, (1 - t_B11) * x_BND + t_B11 * noise_BND, t_B)
         loss = F.mse_loss(velocity_BND, noise_BND - x_BND)
         optimizer.zero_grad()
         loss.backward()
@@ -306,15 +327,11 @@ def train_transformer(
             pipeline.save_pretrained(snapshot)
             if step < options.steps - 1:
                 trained.load_state_dict(live)
-    return pipeline
 
 
-def seen_score(pipeline: QwenImagePipeline, captions: list[str]) -> float:
+def seen_score(pipeline: DiffusionPipeline, captions: list[str]) -> float:
     """Share of training captions drawn right: watches the training, is not the published score."""
-    pictures = pipeline(
-        prompt=captions, height=64, width=64, num_inference_steps=20,
-        generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
+    pictures = generate(pipeline, captions, seed=3, steps=20, size=64)
     right = [judge(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
     return sum(right) / len(right)
 

@@ -89,8 +89,11 @@ def generate(
     """One `size` × `size` picture a caption. Each picture has a generator of its own, so the same
     seed gives teacher and student the same noise, whatever else is drawn beside it."""
     from trainers.data.single_frame import for_single_frames
+    from trainers.students.families.flux import text_tokens
 
     for_single_frames(pipeline.vae)
+    # FLUX pads captions, and its default length is not that of every model.
+    padded = {"max_sequence_length": text_tokens(pipeline)} if _pads(pipeline) else {}
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image] = []
     for start in range(0, len(captions), batch_size):
@@ -104,6 +107,7 @@ def generate(
             width=size,
             num_inference_steps=steps,
             generator=generators,
+            **padded,
         )
         pictures += drawn.images
     return pictures
@@ -122,6 +126,10 @@ def judge_scores(
         if family in verdicts
     }
     return {**scores, "overall": sum(scores.values()) / len(scores)}
+
+
+def _pads(pipeline: Any) -> bool:
+    return getattr(pipeline, "tokenizer_2", None) is not None
 
 
 def _mean(measured: Iterator[tuple[Tensor, ProbeChunk]]) -> float:

@@ -121,6 +121,14 @@ def test_an_exported_student_draws_what_it_drew_in_the_teachers_pipeline(teacher
         assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_captions_are_as_long_as_the_models_tokenizer_says(teacher):
+    pipeline = teacher.pipeline()
+    pipeline.tokenizer_2.model_max_length = 24
+    assert teacher.family.encode_texts(pipeline, CAPTIONS[:1]).embeds_BMD.shape[1] == 24
+    pipeline.tokenizer_2.model_max_length = int(1e30)  # what a tokenizer without a limit says
+    assert teacher.family.encode_texts(pipeline, CAPTIONS[:1]).embeds_BMD.shape[1] == 512
+
+
 def test_a_recovered_student_is_stored_a_file_a_block(teacher, tmp_path):
     store = open_store(str(tmp_path / "store"))
     student = assemble(teacher.transformer(), WIDTH)

@@ -292,7 +292,9 @@ class FluxFamily:
         return cast("Tensor", (raw_BCHW - shift) * scale)
 
     def encode_texts(self, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Texts:
-        embeds_BMD, pooled_BP, _ = pipeline.encode_prompt(list(captions))
+        embeds_BMD, pooled_BP, _ = pipeline.encode_prompt(
+            list(captions), max_sequence_length=text_tokens(pipeline)
+        )
         return Texts(embeds_BMD, pooled_BP=pooled_BP)
 
     def begin(self, model: nn.Module, inputs: Inputs) -> tuple[State, Context]:
@@ -348,6 +350,11 @@ class FluxFamily:
             "proj_out.weight": block.proj_out.weight[:, columns],
             "proj_out.bias": block.proj_out.bias,
         }
+
+
+def text_tokens(pipeline: Any) -> int:
+    """The length that captions are padded to: the T5 tokenizer's, 512 for FLUX.1-dev."""
+    return min(512, int(pipeline.tokenizer_2.model_max_length))
 
 
 def begin_stock(
