@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.budget import BudgetError
-from search.solver import Piece, Pieces, best_partitions, damages_through, smallest
+from search.solver import (
+    Piece,
+    Pieces,
+    best_partitions,
+    budget_curve,
+    damages_through,
+    smallest,
+)
 from trainers.students.plan import BlockPlan
 
 BLOCKS = 8
@@ -61,6 +69,21 @@ def test_finds_what_brute_force_finds(
     assert {(p.damage, p.parameters, p.blocks) for p in found} <= set(all_of_them)
 
 
+@settings(max_examples=60, deadline=None)
+@given(libraries())
+def test_the_curve_is_the_best_of_every_budget(pieces: dict[BlockPlan, Piece]) -> None:
+    curve = budget_curve(pieces, BLOCKS, OUTSIDE)
+    every = set(every_partition(pieces))
+    expected: list[tuple[int, float]] = []
+    for parameters, damage in sorted((p[1], p[0]) for p in every):
+        if not expected or damage < expected[-1][1]:
+            expected.append((parameters, damage))
+    assert [(p.parameters, p.damage) for p in curve] == expected
+    for partition in curve:
+        assert (partition.damage, partition.parameters, partition.blocks) in every
+        assert best_partitions(pieces, BLOCKS, OUTSIDE, partition.parameters)[0] == partition
+
+
 @settings(max_examples=30, deadline=None)
 @given(libraries(), st.integers(40, 90))
 def test_damage_through_a_piece_is_that_of_the_best_plan_with_it(
@@ -72,6 +95,21 @@ def test_damage_through_a_piece_is_that_of_the_best_plan_with_it(
             for block in blocks:
                 expected[block] = min(damage, expected.get(block, math.inf))
     assert damages_through(pieces, BLOCKS, OUTSIDE, limit) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(libraries(), st.integers(40, 90), st.integers(0, 2**16))
+def test_real_damages_are_as_exact_as_whole_ones(
+    pieces: dict[BlockPlan, Piece], limit: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    uneven = {
+        b: Piece(p.damage * rng.lognormvariate(0, 2), p.parameters) for b, p in pieces.items()
+    }
+    fitting = sorted(p[0] for p in every_partition(uneven) if p[1] <= limit)
+    if fitting:
+        found = best_partitions(uneven, BLOCKS, OUTSIDE, limit, 4)
+        assert [p.damage for p in found] == pytest.approx(fitting[:4], rel=1e-12)
 
 
 def test_the_order_of_the_library_does_not_matter() -> None:
