@@ -10,15 +10,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from search.samplers import Sampler, make_sampler
 from search.space import Space
 from trainers.students.plan import Plan
 
-Origin = Literal["exact", "uniform", "ppcl", "amber", "influence", "given", "tpe"]
-"""Who proposed a plan: the exact solver, a rule (search/rules.py), the user, or Optuna."""
+Origin = Literal[
+    "exact",
+    "uniform",
+    "ppcl",
+    "amber",
+    "influence",
+    "given",
+    "tpe",
+    "nsga2",
+    "nsga3",
+    "gp",
+    "random",
+]
+"""Who proposed a plan: the exact solver, a rule (search/rules.py), the user, or a sampler."""
 
 _STEPS_AWAY = 16
 """Points tried, ever farther from the one that Optuna drew, while they only give plans that were
@@ -66,6 +79,7 @@ class Proposals:
         lag: int,
         seed: int,
         plans: Sequence[Start] = (),
+        sampler: Sampler = "tpe",
     ) -> None:
         """`exact`: how many of the solver's best plans a budget starts with, beside those of
         `plans` that the space holds and the budget allows."""
@@ -76,13 +90,16 @@ class Proposals:
         self._targets = list(targets)
         self._lag = lag
         self._seed = seed
+        self._sampler: Sampler = sampler
         self._total = trials
-        self._studies = {
+        self.studies = {
             target.label: optuna.create_study(directions=["minimize", "minimize"])
             for target in targets
         }
         self._starts = self._starting_points(exact, plans)
         self._asked: list[Proposal] = []
+        self._drawn: dict[int, Mapping[str, Any]] = {}
+        """What a sampler noted at the trials it drew, such as their generation."""
         self._seen: set[str] = set()
         self._results: dict[int, float] = {}
         self._told = 0
@@ -142,20 +159,20 @@ class Proposals:
         """A plan not seen before within the target's limit; None when there is none left."""
         import optuna
 
-        study = self._studies[target.label]
+        study = self.studies[target.label]
         seed = (self._seed * 1_000_003 + len(self._asked)) % 2**32
-        # A sampler made anew for each trial has no state of its own to lose.
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=0, multivariate=True, seed=seed)
+        study.sampler = make_sampler(self._sampler, seed)
         trial = study.ask()
         drawn = self._space.suggest(trial)
         # The study learns plans, not points: many points give the same plan.
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        asked = study.tell(trial, state=optuna.trial.TrialState.FAIL)
         rng = random.Random(seed)
         for step in range(_STEPS_AWAY):
             near = {name: _moved(hold, rng, step / _STEPS_AWAY) for name, hold in drawn.items()}
             plan = next(self._space.plans(near, target.limit))
             if plan.digest not in self._seen:
-                return self._proposed(target.label, "tpe", plan)
+                self._drawn[len(self._asked)] = asked.system_attrs
+                return self._proposed(target.label, self._sampler, plan)
         for plan in self._space.plans(dict.fromkeys(self._space.names, 0.0), target.limit):
             if plan.digest not in self._seen:
                 return self._proposed(target.label, "exact", plan)
@@ -182,8 +199,9 @@ class Proposals:
                     holds, optuna.distributions.FloatDistribution(0.0, 1.0)
                 ),
                 values=[loss, self._space.parameters(proposal.plan)],
+                system_attrs=dict(self._drawn.get(proposal.number, {})),
             )
-            self._studies[proposal.budget].add_trial(result)
+            self.studies[proposal.budget].add_trial(result)
 
 
 def _moved(hold: float, rng: random.Random, distance: float) -> float:

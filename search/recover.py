@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from pydantic import JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from search.samplers import make_sampler
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError
@@ -242,14 +243,10 @@ class Lane:
         self._current, self._taken = None, False
 
     def _propose(self) -> tuple[Trial, optuna.Trial]:
-        import optuna
 
         number = len(self._ended)
-        # A sampler made anew for each trial has no state of its own to lose.
         mixed = digest_json([self._seed, self.finalist.budget, self.finalist.rank, number])
-        self._study.sampler = optuna.samplers.TPESampler(
-            n_startup_trials=3, multivariate=True, seed=int(mixed[:8], 16)
-        )
+        self._study.sampler = make_sampler("tpe", seed=int(mixed[:8], 16), startup=3)
         asked = self._study.ask()
         choice: dict[str, float] = {}
         for name, (low, high) in self._space.ranges().items():

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from search.pareto import best_within, pareto_front
 from search.proposals import Origin, Proposal, Proposals, Start, Target
 from search.rules import Rule
+from search.samplers import Sampler
 from search.score import Bench, Score
 from search.solver import Piece
 from search.space import Space
@@ -55,6 +56,10 @@ class SearchConfig(Section):
     """Of PPCL's rule: intervals whose similarity is below are rejected; at 0, as in the paper,
     none."""
 
+    sampler: Sampler = "tpe"
+    """Which of Optuna's samplers proposes once the starting points are scored: `tpe`, `nsga2`,
+    `nsga3`, `gp` or `random`."""
+
     lag: PositiveInt = 8
     """A trial is proposed from the results of all trials at least so many before it, however many
     workers there are: the search is the same on one worker and on eight. Fewer learns faster; it
@@ -76,6 +81,8 @@ class Trial(Section):
     plan: Plan
     parameters: PositiveInt
     """Of the whole student."""
+    damage: NonNegativeFloat
+    """Summed damage of its blocks, each alone in the teacher: what the exact solver goes by."""
     fidelity_loss: float | None = Field(ge=0)
     """None when it was not a number."""
     seconds: float
@@ -140,6 +147,7 @@ def run_search(
         lag=config.lag,
         seed=seed,
         plans=plans,
+        sampler=config.sampler,
     )
     stored = dict(_stored(store, bench.scores))
     trials: dict[int, Trial] = {}
@@ -200,6 +208,18 @@ def complete(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if trial.fidelity_loss is not None]
 
 
+def agreement(trials: Sequence[Trial]) -> float | None:
+    """Spearman's rank correlation of summed damage and measured fidelity loss; None when fewer than
+    three plans have both, or all are alike."""
+    from scipy.stats import spearmanr
+
+    damages = [t.damage for t in trials if t.fidelity_loss is not None]
+    losses = [t.fidelity_loss for t in trials if t.fidelity_loss is not None]
+    if len(losses) < 3 or len(set(damages)) == 1 or len(set(losses)) == 1:
+        return None
+    return float(spearmanr(damages, losses).statistic)
+
+
 def _tune(
     searcher: object, bench: Bench, config: SearchConfig, workers: int, cpus: float, gpus: float
 ) -> str:
@@ -247,6 +267,7 @@ def _trial(space: Space, proposal: Proposal, score: Score) -> Trial:
         origin=proposal.origin,
         plan=proposal.plan,
         parameters=space.parameters(proposal.plan),
+        damage=space.damage(proposal.plan),
         fidelity_loss=score.fidelity_loss if finite else None,
         seconds=score.seconds,
         state="complete" if finite else "failed",

@@ -54,6 +54,10 @@ class TrialFacts:
     """Who proposed it, see search.proposals.Origin."""
     plan: Plan
     state: State = "complete"
+    budget: str = ""
+    """Label of the budget it was proposed for."""
+    damage: float | None = None
+    """Summed damage of its blocks, each alone in the teacher."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, le
 from search.report.data import Matrix, PictureRow, ReportData, StudentFacts, TrialFacts
 from search.report.plan_picture import plan_drawing
 from search.report.words import count, duration, loss, percent, span
+from search.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MARKERS = {"exact": "D", "uniform": "s", "tpe": "o", "ppcl": "^", "amber": "v"}
+MARKERS = {"exact": "D", "uniform": "s", "ppcl": "^", "amber": "v"} | dict.fromkeys(SAMPLERS, "o")
 OTHER_MARKER = "^"
 """For origins that a later searcher brings."""
 _Place = Callable[[TrialFacts], float]
@@ -30,6 +32,8 @@ def drawings(data: ReportData) -> list[Drawing]:
         made.append(_pictures(data))
     if any(trial.fidelity_loss is not None for trial in data.trials):
         made += [_pareto(data), _trials(data)]
+    if any(_predicted(data, budget.label) for budget in data.budgets):
+        made.append(_agreement(data))
     if data.redundancy is not None:
         made.append(_cka(data, "image", data.redundancy.image_cka))
         made.append(_cka(data, "text", data.redundancy.text_cka))
@@ -93,7 +97,7 @@ def _draw_pareto(data: ReportData, front: Sequence[TrialFacts], theme: Theme) ->
     for budget in data.budgets:
         ax.axvline(budget.limit, color=theme.muted, linewidth=1, linestyle=":", zorder=1)
     ax.set_yscale("log")
-    _plain_log(ax)
+    _plain_log(ax.yaxis)
     label(ax, theme, f"parameters (teacher: {count(data.teacher.parameters)})", "fidelity loss")
     ax.xaxis.set_major_formatter(
         lambda x, _: f"{count(x)}\n{percent(round(x / data.teacher.parameters, 2))}"
@@ -115,7 +119,7 @@ def _trials(data: ReportData) -> Drawing:
         caption=(
             "The search in the order it proposed. A line is the best plan so far that fits that "
             "budget; where it steps down, the search found what its starting points had not. Exact "
-            "plans and those of rules are starting points, TPE learns from all before it."
+            "plans and those of rules are starting points, the sampler learns from all before it."
             + (f" Crosses at the top: {failed} failed trials." if failed else "")
         ),
         draw=lambda theme: _draw_trials(data, theme),
@@ -135,7 +139,7 @@ def _draw_trials(data: ReportData, theme: Theme) -> Figure:
                 color=colours.get(budget.label, theme.muted), label=f"best within {budget.asked}",
             )  # fmt: skip
     ax.set_yscale("log")
-    _plain_log(ax)
+    _plain_log(ax.yaxis)
     failed = [trial.number for trial in data.trials if trial.state == "failed"]
     ax.plot(
         failed, [0.98] * len(failed), "x", color=theme.muted, markersize=5,
@@ -143,6 +147,52 @@ def _draw_trials(data: ReportData, theme: Theme) -> Figure:
     )  # fmt: skip
     ax.locator_params("x", integer=True)
     label(ax, theme, "trial", "fidelity loss")
+    legend(ax, theme)
+    return drawn
+
+
+def _predicted(data: ReportData, budget: str) -> list[tuple[float, float]]:
+    """(summed damage, fidelity loss) of the trials of a budget that a log axis can show."""
+    return [
+        (trial.damage, trial.fidelity_loss)
+        for trial in data.trials
+        if trial.budget == budget and trial.damage and trial.fidelity_loss
+    ]
+
+
+def _agreement(data: ReportData) -> Drawing:
+    shown = {b.asked: _predicted(data, b.label) for b in data.budgets}
+    counted = ", ".join(f"{len(points)} at {asked}" for asked, points in shown.items())
+    return Drawing(
+        name="agreement",
+        alt=f"Scatter plot of summed damage against measured fidelity loss: {counted} trials.",
+        caption=(
+            "What the exact solver goes by, the sum of what each replacement does alone in the "
+            "teacher, against what the assembled student measures. Where points of one budget rise "
+            "together, the exact plans are the right ones to start from; where they do not, the "
+            "search has something to find."
+        ),
+        draw=lambda theme: _draw_agreement(data, theme),
+    )
+
+
+def _draw_agreement(data: ReportData, theme: Theme) -> Figure:
+    drawn = figure(540, 430, theme)
+    ax = axes(drawn, theme, grid="both")
+    for i, budget in enumerate(data.budgets):
+        points = _predicted(data, budget.label)
+        if points:
+            damages, losses = zip(*points, strict=True)
+            ax.scatter(
+                damages, losses, s=30, zorder=3, label=f"for {budget.asked}",
+                facecolor=theme.series[i % len(theme.series)], edgecolor=theme.surface,
+                linewidth=0.7,
+            )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    _plain_log(ax.xaxis)
+    _plain_log(ax.yaxis)
+    label(ax, theme, "summed damage", "fidelity loss")
     legend(ax, theme)
     return drawn
 
@@ -372,7 +422,7 @@ def _scatter(ax: Axes, data: ReportData, theme: Theme, x: _Place) -> None:
             xs, ys = zip(*points, strict=True)
             ax.scatter(
                 xs, ys, marker=MARKERS.get(origin, OTHER_MARKER), s=30, zorder=3, label=origin,
-                facecolor=theme.neutral if origin == "tpe" else theme.ink,
+                facecolor=theme.neutral if origin in SAMPLERS else theme.ink,
                 edgecolor=theme.muted, linewidth=0.7,
             )  # fmt: skip
 
@@ -382,10 +432,10 @@ def _coloured(data: ReportData, theme: Theme) -> list[tuple[str, StudentFacts]]:
     return [(theme.series[i % len(theme.series)], s) for i, s in enumerate(data.students)]
 
 
-def _plain_log(ax: Axes) -> None:
+def _plain_log(axis: Axis) -> None:
     """Ticks like 0.05 instead of powers of ten, some also where the axis spans no whole decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")

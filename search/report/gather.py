@@ -88,6 +88,8 @@ def _trial(trial: Trial) -> TrialFacts:
         origin=trial.origin,
         plan=trial.plan,
         state=trial.state,
+        budget=trial.budget,
+        damage=trial.damage,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import JsonValue
+
 from search.proposals import Start, Target
 from search.score import Bench
 from search.space import Space
@@ -11,6 +13,7 @@ from search.sweep import Sweep, SweepError
 from search.trials import (
     SearchConfig,
     Trial,
+    agreement,
     best_trials,
     library_space,
     load_trials,
@@ -62,7 +65,15 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             )
     failed = sum(trial.state == "failed" for trial in trials)
     said = f"{len(trials)} plans scored" + (f", {failed} failed" if failed else "")
-    return Outcome(said, {"trials": len(trials), "failed": failed})
+    ranks: dict[str, JsonValue] = {}
+    for label in sweep.limits:
+        found = agreement([trial for trial in trials if trial.budget == label])
+        if found is not None:
+            ranks[label] = round(found, 2)
+    if ranks:
+        each = ", ".join(f"{label} {found}" for label, found in ranks.items())
+        said += f"; summed damage ranks them as measured (Spearman): {each}"
+    return Outcome(said, {"trials": len(trials), "failed": failed, "agreement": ranks})
 
 
 def _what_to_search(sweep: Sweep, library: Library) -> tuple[Space, SearchConfig, list[Start]]:

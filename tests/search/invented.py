@@ -63,10 +63,10 @@ COSTS = (
 def whole() -> ReportData:
     """A finished sweep with everything in it."""
     trials = (
-        TrialFacts(0, 1_000_000, 0.2, 0.3, "exact", HALF),
-        TrialFacts(1, 640_000, 0.4, 0.3, "uniform", THIRD),
-        TrialFacts(2, 640_000, None, 0.3, "tpe", THIRD, "failed"),
-        TrialFacts(3, 900_000, 0.5, 0.3, "tpe", HALF),
+        TrialFacts(0, 1_000_000, 0.2, 0.3, "exact", HALF, budget="50pct", damage=0.1),
+        TrialFacts(1, 640_000, 0.4, 0.3, "uniform", THIRD, budget="33pct", damage=0.3),
+        TrialFacts(2, 640_000, None, 0.3, "tpe", THIRD, "failed", "33pct", 0.5),
+        TrialFacts(3, 900_000, 0.5, 0.3, "tpe", HALF, budget="50pct", damage=0.2),
     )
     matrix = tuple(tuple(1 - 0.05 * abs(i - j) for j in range(BLOCKS)) for i in range(BLOCKS))
     picture = Image.new("RGB", (64, 64), (220, 40, 40))

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from search.proposals import Proposal, Proposals, Start, Target
+from search.samplers import POPULATION, SAMPLERS, Sampler
 from search.solver import Piece
 from search.space import Space, candidates
 from trainers.students.plan import uniform_plan
@@ -25,12 +26,16 @@ def make_space(max_span: int = 3, widths: tuple[float, ...] = (1.0, 0.5)) -> Spa
     return Space("qwen_image", BLOCKS, 5, pieces)
 
 
-def make_proposals(space: Space, trials: int = 24, seed: int = 3) -> Proposals:
+def make_proposals(
+    space: Space, trials: int = 24, seed: int = 3, sampler: Sampler = "tpe"
+) -> Proposals:
     starts: list[Start] = [
         (target.label, "uniform", uniform_plan("qwen_image", BLOCKS, blocks, start="library"))
         for target, blocks in zip(TARGETS, (4, 5), strict=True)
     ]
-    return Proposals(space, TARGETS, trials=trials, exact=2, lag=4, seed=seed, plans=starts)
+    return Proposals(
+        space, TARGETS, trials=trials, exact=2, lag=4, seed=seed, plans=starts, sampler=sampler
+    )
 
 
 def loss_of(space: Space, proposal: Proposal) -> float:
@@ -60,18 +65,26 @@ def space() -> Space:
     return make_space()
 
 
+@pytest.fixture(scope="module", params=SAMPLERS)
+def sampler(request: pytest.FixtureRequest) -> Sampler:
+    """Every sampler keeps the same contract."""
+    return request.param  # type: ignore[no-any-return]  # pytest is not that precise
+
+
 @pytest.fixture(scope="module")
-def alone(space: Space) -> list[Proposal]:
-    return run(make_proposals(space), space, workers=1)
+def alone(space: Space, sampler: Sampler) -> list[Proposal]:
+    return run(make_proposals(space, sampler=sampler), space, workers=1)
 
 
-def test_starts_from_the_exact_and_the_given_plans(space: Space, alone: list[Proposal]) -> None:
+def test_starts_from_the_exact_and_the_given_plans(
+    space: Space, sampler: Sampler, alone: list[Proposal]
+) -> None:
     first = [(p.budget, p.origin) for p in alone[:4]]
     assert first == [
         ("50pct", "exact"), ("70pct", "exact"), ("50pct", "uniform"), ("70pct", "uniform"),
     ]  # fmt: skip
     assert [p.plan for p in alone[:2]] == [space.exact(t.limit)[0] for t in TARGETS]
-    assert {p.origin for p in alone[6:]} >= {"tpe"}
+    assert {p.origin for p in alone[6:]} >= {sampler}
 
 
 def test_every_plan_fits_its_budget_and_comes_once(space: Space, alone: list[Proposal]) -> None:
@@ -85,15 +98,15 @@ def test_every_plan_fits_its_budget_and_comes_once(space: Space, alone: list[Pro
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_and_their_order_do_not_matter(
-    space: Space, alone: list[Proposal], workers: int
+    space: Space, sampler: Sampler, alone: list[Proposal], workers: int
 ) -> None:
-    assert run(make_proposals(space), space, workers, seed=workers) == alone
+    assert run(make_proposals(space, sampler=sampler), space, workers, seed=workers) == alone
 
 
 def test_an_interrupted_search_proposes_what_it_would_have(
-    space: Space, alone: list[Proposal]
+    space: Space, sampler: Sampler, alone: list[Proposal]
 ) -> None:
-    resumed = make_proposals(space)
+    resumed = make_proposals(space, sampler=sampler)
     stored = {p.number: loss_of(space, p) for p in alone[:11] if p.number != 9}
     made = []
     while not resumed.finished:
@@ -104,10 +117,26 @@ def test_an_interrupted_search_proposes_what_it_would_have(
     assert made == alone
 
 
-def test_another_seed_searches_elsewhere(space: Space, alone: list[Proposal]) -> None:
-    other = run(make_proposals(space, seed=4), space, workers=1)
+def test_another_seed_searches_elsewhere(
+    space: Space, sampler: Sampler, alone: list[Proposal]
+) -> None:
+    other = run(make_proposals(space, seed=4, sampler=sampler), space, workers=1)
     assert other[:6] == alone[:6]
     assert other != alone
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_a_genetic_sampler_breeds_from_what_it_drew(space: Space, sampler: Sampler) -> None:
+    proposals = make_proposals(space, trials=6 + 5 * POPULATION, sampler=sampler)
+    run(proposals, space, workers=1)
+    generations = {
+        value
+        for study in proposals.studies.values()
+        for trial in study.trials
+        for key, value in trial.system_attrs.items()
+        if key.endswith(":generation") and trial.state.name == "COMPLETE"
+    }
+    assert {0, 1} <= generations
 
 
 def test_ends_when_every_plan_has_been_proposed() -> None:

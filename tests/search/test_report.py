@@ -69,7 +69,7 @@ def page(folder: Path) -> Page:
 def test_one_png_a_figure_lies_beside_the_page(folder: Path) -> None:
     names = {file.stem for file in folder.glob("*.png")}
     assert names == {
-        "pictures", "pareto", "trials", "cka-image", "cka-text", "importance",
+        "pictures", "pareto", "trials", "agreement", "cka-image", "cka-text", "importance",
         "plan-50pct", "plan-33pct", "cost",
     }  # fmt: skip
     for file in folder.glob("*.png"):
@@ -137,7 +137,7 @@ def test_a_sweep_whose_trials_all_failed_shows_no_search_figures() -> None:
     data = whole()
     failed = tuple(dataclasses.replace(t, fidelity_loss=None, state="failed") for t in data.trials)
     names = {d.name for d in drawings(dataclasses.replace(data, trials=failed, pareto=()))}
-    assert not names & {"pareto", "trials"}
+    assert not names & {"pareto", "trials", "agreement"}
 
 
 def test_without_a_judge_there_is_no_judge_table() -> None:

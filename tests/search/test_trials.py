@@ -16,6 +16,7 @@ from search.trials import (
     SearchConfig,
     SearchError,
     Trial,
+    agreement,
     best_trials,
     library_space,
     load_trials,
@@ -136,6 +137,26 @@ def test_pareto_and_best(trials: list[Trial], targets: list[Target]) -> None:
     best = best_trials(trials, targets[1].limit)[0]
     assert best.fidelity_loss == min(t.fidelity_loss for t in trials if t.fidelity_loss is not None)
     assert best in front
+
+
+def test_trials_say_what_was_predicted_of_them(trials: list[Trial], space: Space) -> None:
+    for trial in trials:
+        pieces = [space.pieces[block].damage for block in trial.plan.blocks]
+        assert trial.damage == pytest.approx(sum(pieces))
+    damages = [trial.damage for trial in trials]
+    in_order = [
+        trial.model_copy(update={"fidelity_loss": 2 * damage})
+        for trial, damage in zip(trials, damages, strict=True)
+    ]
+    assert agreement(in_order) == pytest.approx(1.0)
+    reversed_ = [
+        trial.model_copy(update={"fidelity_loss": 1 / damage})
+        for trial, damage in zip(trials, damages, strict=True)
+    ]
+    assert agreement(reversed_) == pytest.approx(-1.0)
+    unscored = [trial.model_copy(update={"fidelity_loss": None}) for trial in trials]
+    assert agreement(unscored) is None
+    assert agreement([*in_order[:2], *unscored]) is None
 
 
 def test_a_cut_off_search_scores_only_what_is_missing(
