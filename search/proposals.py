@@ -18,19 +18,7 @@ from search.samplers import Sampler, make_sampler
 from search.space import Space
 from trainers.students.plan import Plan
 
-Origin = Literal[
-    "exact",
-    "uniform",
-    "ppcl",
-    "amber",
-    "influence",
-    "given",
-    "tpe",
-    "nsga2",
-    "nsga3",
-    "gp",
-    "random",
-]
+Origin = Literal["exact", "uniform", "ppcl", "amber", "influence", "given"] | Sampler
 """Who proposed a plan: the exact solver, a rule (search/rules.py), the user, or a sampler."""
 
 _STEPS_AWAY = 16
