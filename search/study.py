@@ -88,9 +88,13 @@ class PlanSearcher(StatelessSearcher):
         self._waiting: Proposal | None = None
         self.error: str | None = None
 
+    def stop(self, why: str) -> None:
+        """Hand out no further plan; the first reason counts."""
+        self.error = self.error or why
+
     def advance(self) -> bool:
         """Take in known scores up to the next plan that must be scored; whether there is one."""
-        while self._waiting is None:
+        while self._waiting is None and self.error is None:
             proposal = self._proposals.next()
             if proposal is None:
                 return False
@@ -99,7 +103,7 @@ class PlanSearcher(StatelessSearcher):
                 self._waiting = proposal
             else:
                 self._take(proposal, score)
-        return True
+        return self.error is None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.error is not None:
@@ -117,7 +121,7 @@ class PlanSearcher(StatelessSearcher):
         proposal = self._running.pop(trial_id)
         if error or result is None or result.get("broken"):
             reason = (result or {}).get("broken") or "its process ended with an error"
-            self.error = self.error or f"trial {proposal.number}: {reason}"
+            self.stop(f"trial {proposal.number}: {reason}")
             return
         self._take(proposal, Score(result["fidelity_loss"], result["seconds"]))
 

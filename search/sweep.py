@@ -113,7 +113,8 @@ class Sweep:
 
     @cached_property
     def search_digest(self) -> str:
-        return _digest(self.library_digest, self.config.search, self.config.seed)
+        search = self.config.search.model_dump(mode="json", exclude={"study"})
+        return _digest(self.library_digest, search, self.config.seed)
 
     @cached_property
     def recover_digest(self) -> str:

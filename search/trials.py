@@ -6,9 +6,9 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from search.pareto import best_within, pareto_front
 from search.proposals import Origin, Proposal, Proposals, Start, Target
@@ -17,6 +17,7 @@ from search.samplers import Sampler
 from search.score import Bench, Score
 from search.solver import Piece
 from search.space import Space
+from search.studies import StudyError, StudyLog, checked_url
 from storage.errors import EspalierError
 from storage.manifest import publish, published, read_json
 from storage.section import Section
@@ -59,6 +60,11 @@ class SearchConfig(Section):
     sampler: Sampler = "tpe"
     """Which of Optuna's samplers proposes once the starting points are scored: `tpe`, `nsga2`,
     `nsga3`, `gp` or `random`."""
+
+    study: Annotated[str, AfterValidator(checked_url)] | None = None
+    """The Optuna storage that shows the trials to optuna-dashboard: a database's URL
+    (`sqlite:///…`, `postgresql://…`) or a journal's path. Without one, a journal under `studies/`
+    in the storage folder, or in the user's cache for an object store."""
 
     lag: PositiveInt = 8
     """A trial is proposed from the results of all trials at least so many before it, however many
@@ -127,14 +133,16 @@ def run_search(
     gpus: float = 0.0,
     seed: int = 0,
     plans: Sequence[Start] = (),
+    log: StudyLog | None = None,
     progress: Progress | None = None,
 ) -> list[Trial]:
     """Score plans until there are enough, `plans` among the first, and publish the trials under
     `prefix`.
 
     Up to `workers` actors of `cpus` and `gpus` each score side by side. Scores found under
-    `bench.scores` are not made again. Needs a running Ray; raises SearchError with the cause when
-    a plan could not be scored. A score that is not a number fails its trial alone.
+    `bench.scores` are not made again. `log` shows the trials to others. Needs a running Ray; raises
+    SearchError with the cause when a plan could not be scored, or not logged. A score that is not a
+    number fails its trial alone.
     """
     from search.study import PlanSearcher, score_from_json
 
@@ -164,12 +172,18 @@ def run_search(
             best = min(trial.fidelity_loss, losses.get(trial.budget, math.inf))
             losses[trial.budget] = best
         progress.update(len(trials), config.trials, **losses)
+        if log is not None:
+            try:
+                log.add([trial])
+            except StudyError as error:
+                searcher.stop(str(error))
 
     searcher = PlanSearcher(proposals, known, scored)
+    cause = ""
     if searcher.advance():
         cause = _tune(searcher, bench, config, min(workers, config.lag), cpus, gpus)
-        if searcher.error is not None:
-            raise SearchError(f"search stopped at {searcher.error}{cause}")
+    if searcher.error is not None:
+        raise SearchError(f"search stopped: {searcher.error}{cause}")
     ordered = [trials[number] for number in sorted(trials)]
     save_trials(store, prefix, ordered)
     return ordered

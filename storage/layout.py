@@ -4,6 +4,7 @@
     analysis/DIGEST/                importance, CKA, nominated spans
     library/TEACHER/DIGEST/         one replacement, by span, variant and training
     sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
+    studies/NAME.journal            a sweep's trials for optuna-dashboard; may be deleted
     best/BUDGET/                    the published model
     registry/BUDGET/                one small object for every published model
 

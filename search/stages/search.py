@@ -9,6 +9,7 @@ from search.score import Bench
 from search.space import Space
 from search.stages.library import library_prefixes, read_analysis, rule_plans
 from search.stages.stage import Outcome, Stage
+from search.studies import StudyLog, journal_file
 from search.sweep import Sweep, SweepError
 from search.trials import (
     SearchConfig,
@@ -43,6 +44,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         threads=share.threads,
     )
     space, searched, plans = _what_to_search(sweep, Library(sweep.store, prefixes))
+    study = config.search.study or journal_file(sweep.store.url, sweep.name)
+    log = StudyLog(study, sweep.name, sweep.teacher.digest, sweep.search_digest, space)
     trials = run_search(
         space,
         [Target(label, limit) for label, limit in sweep.limits.items()],
@@ -55,6 +58,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         gpus=share.num_gpus,
         seed=config.seed,
         plans=plans,
+        log=log,
         progress=progress,
     )
     for label, limit in sweep.limits.items():
@@ -73,7 +77,9 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     if ranks:
         each = ", ".join(f"{label} {found}" for label, found in ranks.items())
         said += f"; summed damage ranks them as measured (Spearman): {each}"
-    return Outcome(said, {"trials": len(trials), "failed": failed, "agreement": ranks})
+    return Outcome(
+        said, {"trials": len(trials), "failed": failed, "agreement": ranks, "study": study}
+    )
 
 
 def _what_to_search(sweep: Sweep, library: Library) -> tuple[Space, SearchConfig, list[Start]]:

@@ -1,0 +1,160 @@
+"""Keeps a search's trials in an Optuna storage too, where optuna-dashboard opens them.
+
+A study shows a search; it decides nothing. Proposals are made from our own store
+(search/proposals.py), so a study that was lost is written anew from there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from time import sleep
+from typing import TYPE_CHECKING, Any
+
+from search.space import Space
+from storage.errors import EspalierError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from search.trials import Trial
+
+ATTEMPTS = 5
+"""How often a database is tried that does not answer."""
+FIRST_WAIT_SECONDS = 0.5
+"""Before the second attempt; doubled before each later one."""
+
+
+class StudyError(EspalierError):
+    """An Optuna storage that cannot be used, or a study that belongs to something else."""
+
+
+def journal_file(store_url: str, name: str) -> str:
+    """Where a sweep's study is kept unless the configuration says otherwise: a journal beside the
+    sweep in a folder, in the user's cache when the store is an object store."""
+    if "://" in store_url:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "espalier" / "studies" / re.sub(r"[^A-Za-z0-9.-]+", "_", store_url)
+    else:
+        folder = Path(store_url) / "studies"
+    return str(folder / f"{name}.journal")
+
+
+def checked_url(url: str) -> str:
+    """The URL itself; ValueError when it holds a password."""
+    if re.match(r"[^/]+://[^/@]*:[^/@]+@", url):
+        raise ValueError(
+            "a password does not belong into a configuration; leave it to the database's own "
+            "means, such as PGPASSWORD or ~/.pgpass"
+        )
+    return url
+
+
+class StudyLog:
+    """The study of one sweep, named as the sweep."""
+
+    def __init__(self, url: str, name: str, teacher: str, search: str, space: Space) -> None:
+        """Opens or makes the study at `url`, a journal's path or a database's URL.
+
+        `teacher` and `search` are digests. StudyError when the study belongs to another teacher;
+        the trials of another search of the same sweep give way to this one's.
+        """
+        self.url, self._name, self._space = url, name, space
+        self._study = self._tried(lambda: self._open(teacher, search))
+        self._known = {trial.user_attrs.get("number") for trial in self._study.get_trials(False)}
+
+    def add(self, trials: Sequence[Trial]) -> None:
+        """Adds those that are not there. StudyError when the database does not answer."""
+        for trial in trials:
+            if trial.number not in self._known:
+                self._tried(lambda: self._study.add_trial(self._frozen(trial)))  # noqa: B023
+                self._known.add(trial.number)
+
+    def _open(self, teacher: str, search: str) -> optuna.Study:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names
+        storage = _storage(self.url)
+        owner = {"teacher": teacher, "search": search}
+        names = optuna.get_all_study_names(storage)
+        if self._name in names:
+            study = optuna.load_study(study_name=self._name, storage=storage)
+            other = study.user_attrs.get("teacher")
+            if other != teacher:
+                raise StudyError(
+                    f"{self.url}: its study {self._name} belongs to another teacher ({other}); "
+                    f"this one is {teacher}: give the sweep another name or another search.study"
+                )
+            if study.user_attrs.get("search") == search:
+                return study
+            optuna.delete_study(study_name=self._name, storage=storage)
+        study = optuna.create_study(
+            study_name=self._name, storage=storage, directions=["minimize", "minimize"]
+        )
+        study.set_metric_names(["fidelity loss", "parameters"])
+        for key, value in owner.items():
+            study.set_user_attr(key, value)
+        return study
+
+    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
+        import optuna
+
+        holds = dict(self._space.encode(trial.plan))
+        whole = trial.fidelity_loss is not None
+        states = optuna.trial.TrialState
+        return optuna.trial.create_trial(
+            state=states.COMPLETE if whole else states.FAIL,
+            values=[trial.fidelity_loss or 0.0, trial.parameters] if whole else None,
+            params=holds,
+            distributions=dict.fromkeys(holds, optuna.distributions.FloatDistribution(0.0, 1.0)),
+            user_attrs={
+                "number": trial.number,
+                "budget": trial.budget,
+                "origin": trial.origin,
+                "plan": trial.plan.digest,
+                "damage": trial.damage,
+                "seconds": trial.seconds,
+            },
+        )
+
+    def _tried(self, work: Any) -> Any:
+        """Calls `work`, again after a while when the database does not answer."""
+        from sqlalchemy.exc import DBAPIError
+
+        failures = 0
+        while True:
+            try:
+                return work()
+            except (DBAPIError, OSError, _storage_error()) as error:
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise StudyError(
+                        f"{self.url}: the study's database does not answer "
+                        f"({_first_line(error)}); what is scored is kept: run the same command "
+                        "again when it does"
+                    ) from error
+                sleep(FIRST_WAIT_SECONDS * 2 ** (failures - 1))
+
+
+def _storage(url: str) -> Any:
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if "://" in url:
+        return RDBStorage(url)
+    Path(url).parent.mkdir(parents=True, exist_ok=True)
+    return JournalStorage(JournalFileBackend(url))
+
+
+def _storage_error() -> type[Exception]:
+    from optuna.exceptions import StorageInternalError
+
+    return StorageInternalError
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error.__cause__ or error).strip().splitlines()[0]

@@ -1,0 +1,141 @@
+"""A search's study: what optuna-dashboard reads, whose it is, and what happens without it."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from pydantic import ValidationError
+
+import search.studies
+from search.samplers import SAMPLERS
+from search.solver import Piece
+from search.space import Space, candidates
+from search.studies import StudyError, StudyLog, journal_file
+from search.trials import SearchConfig, Trial
+
+BLOCKS = 4
+
+
+def make_space() -> Space:
+    rng = random.Random(0)
+    pieces = {
+        block: Piece(0.0 if block.untouched else rng.random(), 10)
+        for block in candidates(BLOCKS, 2, (1.0,))
+    }
+    return Space("qwen_image", BLOCKS, 5, pieces)
+
+
+SPACE = make_space()
+PLANS = SPACE.exact(45, 4)
+
+
+def trial(number: int, loss: float | None = 0.25) -> Trial:
+    return Trial(
+        number=number,
+        budget="50pct",
+        origin=SAMPLERS[0],
+        plan=PLANS[number],
+        parameters=SPACE.parameters(PLANS[number]),
+        damage=SPACE.damage(PLANS[number]),
+        fidelity_loss=loss,
+        seconds=0.1,
+        state="failed" if loss is None else "complete",
+    )
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    journal = journal_file(str(tmp_path / "runs"), "one")
+    return journal if request.param == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def read(url: str, name: str = "one") -> optuna.Study:
+    storage = url if "://" in url else JournalStorage(JournalFileBackend(url))
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def opened(url: str, name: str = "one", teacher: str = "t", made_by: str = "s") -> StudyLog:
+    return StudyLog(url, name, teacher, made_by, SPACE)
+
+
+def test_shows_every_trial_once_while_the_search_runs(url: str) -> None:
+    log = opened(url)
+    log.add([trial(0)])
+    assert len(read(url).trials) == 1
+    log.add([trial(0), trial(1, None)])
+    resumed = opened(url)
+    resumed.add([trial(0), trial(1, None), trial(2, 0.5)])
+    study = read(url)
+    assert [t.user_attrs["number"] for t in study.trials] == [0, 1, 2]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert study.trials[2].values == [0.5, SPACE.parameters(PLANS[2])]
+    assert study.trials[0].params == SPACE.encode(PLANS[0])
+    assert study.trials[0].user_attrs["plan"] == PLANS[0].digest
+    assert study.metric_names == ["fidelity loss", "parameters"]
+
+
+def test_another_search_of_the_sweep_takes_the_studys_place(url: str) -> None:
+    opened(url).add([trial(0), trial(1)])
+    opened(url, made_by="changed").add([trial(2)])
+    assert [t.user_attrs["number"] for t in read(url).trials] == [2]
+
+
+def test_a_study_of_another_teacher_is_refused_and_left_alone(url: str) -> None:
+    opened(url).add([trial(0)])
+    with pytest.raises(StudyError, match="study one belongs to another teacher"):
+        opened(url, teacher="other")
+    assert len(read(url).trials) == 1
+
+
+def test_sweeps_share_a_storage(url: str) -> None:
+    opened(url).add([trial(0)])
+    opened(url, name="two", teacher="other").add([trial(1), trial(2)])
+    assert (len(read(url).trials), len(read(url, "two").trials)) == (1, 2)
+
+
+def test_a_database_that_comes_back_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "study.db"
+    log = opened(f"sqlite:///{file}?timeout=0.05")
+    log.add([trial(0)])
+    away = sqlite3.connect(file, isolation_level=None)
+    away.execute("BEGIN EXCLUSIVE")
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            away.execute("ROLLBACK")
+
+    monkeypatch.setattr(search.studies, "sleep", wait)
+    log.add([trial(1)])
+    assert waited == [0.5, 1.0]
+    away.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(search.studies, "sleep", lambda seconds: None)
+    with pytest.raises(StudyError, match=r"does not answer .*; what is scored is kept"):
+        log.add([trial(2)])
+    away.execute("ROLLBACK")
+    away.close()
+    opened(f"sqlite:///{file}").add([trial(0), trial(1), trial(2)])
+    assert [t.user_attrs["number"] for t in read(f"sqlite:///{file}").trials] == [0, 1, 2]
+
+
+def test_a_password_in_the_configuration_is_refused() -> None:
+    with pytest.raises(ValidationError, match="PGPASSWORD"):
+        SearchConfig(study="postgresql://me:secret@host/db")
+    assert SearchConfig(study="postgresql://me@host/db").study == "postgresql://me@host/db"
+
+
+def test_an_object_stores_study_lies_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert journal_file("s3://bucket/prefix", "one").startswith(str(tmp_path))
+    assert journal_file("s3://bucket/prefix", "one") != journal_file("s3://bucket/other", "one")
