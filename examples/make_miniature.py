@@ -78,14 +78,15 @@ def main() -> None:
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
-    work, rng = options.work, random.Random(options.seed)
+    work, rng = options.work, random.Random(options.seed)  # drawn from alike by every call
     tokenizer = make_tokenizer(work / "tokenizer")
-    varied = draw_pictures(work / "varied.safetensors", varied_scenes(rng))
+    varied = draw_pictures(work / "varied.safetensors", list(varied_scenes(rng)))
     vae = train_vae(work / "vae", varied)
     varied_latents = encode_pictures(work / "varied-latents.safetensors", vae, varied)
     polish_decoder(work / "decoder.safetensors", vae, varied_latents, varied)
     wanted = [sample_training_request(rng) for _ in range(PICTURES)]
-    pictures = draw_pictures(work / "pictures.safetensors", (compose(r, rng) for r in wanted))
+    composed = [compose(request, rng) for request in wanted]
+    pictures = draw_pictures(work / "pictures.safetensors", composed)
     latents = encode_pictures(work / "latents.safetensors", vae, pictures)
     captions = [request.caption for request in wanted]
     pipeline = train_transformer(options, tokenizer, vae, latents, captions)

@@ -70,11 +70,12 @@ def main() -> None:
     options = arguments.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
-    work, rng = options.work, random.Random(options.seed)
-    varied = draw_pictures(work / "varied.safetensors", varied_scenes(rng))
+    work, rng = options.work, random.Random(options.seed)  # drawn from alike by every call
+    varied = draw_pictures(work / "varied.safetensors", list(varied_scenes(rng)))
     vae = train_vae(work / "vae", varied)
     wanted = [sample_training_request(rng) for _ in range(PICTURES)]
-    pictures = draw_pictures(work / "pictures.safetensors", (compose(r, rng) for r in wanted))
+    composed = [compose(request, rng) for request in wanted]
+    pictures = draw_pictures(work / "pictures.safetensors", composed)
     latents = encode_pictures(work / "latents.safetensors", vae, pictures)
     pipeline = make_pipeline(options.seed, vae)
     train_transformer(options, pipeline, latents, [request.caption for request in wanted])

@@ -20,6 +20,7 @@ _ROUNDING = 1e-6
 """CKA is known in float32: a smaller rise is none."""
 
 Rule = Literal["uniform", "ppcl", "amber", "influence"]
+NextInterval = Literal["after", "end"]
 Span = tuple[int, int]
 
 
@@ -34,6 +35,7 @@ class Ground:
     noise_power: float = 1.0
     """See SearchConfig."""
     least_cka: float = 0.0
+    next_interval: NextInterval = "after"
 
     @property
     def teacher_blocks(self) -> int:
@@ -79,19 +81,22 @@ def uniform(ground: Ground, limit: int) -> Plan | None:
     return None
 
 
-def ppcl_intervals(analysis: Analysis, least_cka: float = 0.0) -> list[tuple[Span, float]]:
+def ppcl_intervals(
+    analysis: Analysis, least_cka: float = 0.0, next_interval: NextInterval = "after"
+) -> list[tuple[Span, float]]:
     """PPCL's intervals and the CKA of each, from c(u, k) (METHODS.md, PPCL 2).
 
     From block u the interval ends at v, the first k − 1 for which Δ(u, k) > Δ(u, k − 1): where the
     loss of similarity first speeds up. Silent in the paper: c is the mean of the two streams'; the
-    next interval starts at v + 1; block 0 stays whole, because its input is not yet a state of the
-    chain; an interval ends at the longest span that was measured; one whose CKA is below
-    `least_cka` is rejected, and the next starts one block on.
+    next interval starts `after` it, at v + 1, or at its `end`, where the next chain starts from the
+    state after block v and takes the blocks from v + 1 on; block 0 stays whole, because its input
+    is not yet a state of the chain; an interval ends at the longest span that was measured; one
+    whose CKA is below `least_cka` is rejected, and the next starts one block on.
     """
     chain = (analysis.image_chain + analysis.text_chain) / 2
     blocks, longest = chain.shape
     found = []
-    u = 1
+    u = first = 1
     while u < blocks:
         reach = min(longest, blocks - u)
         losses = [float(chain[u, j - 1] - chain[u, j]) for j in range(1, reach)]
@@ -101,9 +106,10 @@ def ppcl_intervals(analysis: Analysis, least_cka: float = 0.0) -> list[tuple[Spa
         cka = float(chain[u, v - u])
         if v > u and cka < least_cka:
             v = u
-        if v > u:
-            found.append(((u, v), cka))
-        u = v + 1
+        if v > first:
+            found.append(((first, v), cka))
+        first = v + 1
+        u = v if next_interval == "end" and v > u else first
     return found
 
 
@@ -115,10 +121,10 @@ def ppcl(ground: Ground, limit: int) -> Plan | None:
     intervals leave it too large, width goes on as in the paper: text is projected where its
     streams before and after are most alike, then FFNs become linear where their maps fit best.
     """
-    spans = dict(ppcl_intervals(ground.analysis, ground.least_cka))
+    spans = dict(ppcl_intervals(ground.analysis, ground.least_cka, ground.next_interval))
     whole = ground.plan(list(spans))
     if ground.parameters(whole) > limit:
-        return _narrowed(ground, whole, limit)
+        return narrowed(ground, whole, limit)
     for span in sorted(spans, key=lambda span: (spans[span], span)):
         without = [other for other in spans if other != span]
         if ground.parameters(ground.plan(without)) <= limit:
@@ -126,7 +132,9 @@ def ppcl(ground: Ground, limit: int) -> Plan | None:
     return ground.plan(list(spans))
 
 
-def _narrowed(ground: Ground, plan: Plan, limit: int) -> Plan | None:
+def narrowed(ground: Ground, plan: Plan, limit: int) -> Plan | None:
+    """The plan with projected text, then linear FFNs, block by block in PPCL's order until it fits;
+    None when that is not enough."""
     text_cka, ffn_error = ground.analysis.text_cka, ground.analysis.ffn_error
     blocks = list(plan.blocks)
 

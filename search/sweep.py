@@ -107,7 +107,9 @@ class Sweep:
             self.analysis_digest,
             self.config.library.training,
             {"replacements": self.config.analyse.replacements, "limits": self.limits},
-            self.config.search.model_dump(include={"exact", "rules", "noise_power", "least_cka"}),
+            self.config.search.model_dump(
+                include={"exact", "rules", "noise_power", "least_cka", "next_interval"}
+            ),
             self.config.seed,
         )
 

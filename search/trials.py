@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from search.pareto import best_within, pareto_front
 from search.proposals import Origin, Proposal, Proposals, Start, Target
-from search.rules import Rule
+from search.rules import NextInterval, Rule
 from search.samplers import Sampler
 from search.score import Bench, Score
 from search.solver import Piece
@@ -56,6 +56,10 @@ class SearchConfig(Section):
     least_cka: NonNegativeFloat = 0.0
     """Of PPCL's rule: intervals whose similarity is below are rejected; at 0, as in the paper,
     none."""
+
+    next_interval: NextInterval = "after"
+    """Of PPCL's rule: where the interval after one that ends at block v starts. `after`: at v + 1,
+    as the published intervals lie; `end`: at v itself, whose state the next chain starts from."""
 
     sampler: Sampler = "tpe"
     """Which of Optuna's samplers proposes once the starting points are scored: `tpe`, `nsga2`,

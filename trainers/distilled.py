@@ -7,7 +7,7 @@ wants of a model goes through the forward of the module that was sharded as the 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +43,30 @@ class Distilled(nn.Module):
         return self.family.block_modules(self.student)
 
     def forward(
-        self, inputs: Inputs, before: Sequence[State] | None = None
+        self, inputs: Inputs, before: Sequence[State] | Literal["own"] | None = None
     ) -> Tensor | tuple[State, ...]:
-        """The student's velocity_BNC; or, with the teacher's state before the span of each block
-        in `replaced`, the states after these blocks, each run on its own."""
+        """The student's velocity_BNC; or the states after each block in `replaced`: run on its own
+        from the teacher's state before its span, or with "own" one behind the other, each from what
+        the student's blocks before it make, through which no gradient flows."""
         if before is None:
             return self.family.forward(self.student, inputs)
-        _, context = self.family.begin(self.student, inputs)
+        state, context = self.family.begin(self.student, inputs)
+        if before == "own":
+            places, after = {replaced.place for replaced in self.replaced}, []
+            for place, block in enumerate(self.blocks):
+                state = self.family.run_block(block, detached(state), context)
+                if place in places:
+                    after.append(state)
+            return tuple(after)
         return tuple(
             self.family.run_block(self.blocks[replaced.place], state, context)
             for replaced, state in zip(self.replaced, before, strict=True)
         )
+
+
+def detached(state: State) -> State:
+    """The same state, through which no gradient flows."""
+    return State(*(None if part is None else part.detach() for part in state))  # type: ignore[arg-type]  # only modulated_BMD is ever None
 
 
 class Observed(nn.Module):

@@ -149,7 +149,7 @@ def phase_loss(student: Distilled, teacher: Observed, example: Example, phase: P
     sums; AdamW does not see the difference).
     """
     if phase.loss == "span":
-        return _span_loss(student, teacher, example.inputs, phase.magnitude)
+        return _span_loss(student, teacher, example.inputs, phase)
     velocity_BNC = cast("Tensor", student(example.inputs))
     if phase.loss == "velocity":
         return velocity_loss(velocity_BNC, cast("Tensor", teacher(example.inputs)))
@@ -259,17 +259,18 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
-def _span_loss(student: Distilled, teacher: Observed, inputs: Inputs, magnitude: float) -> Tensor:
+def _span_loss(student: Distilled, teacher: Observed, inputs: Inputs, phase: Phase) -> Tensor:
     spans = [replaced.block.span for replaced in student.replaced]
     edges = {edge for first, last in spans for edge in (first, last + 1)}
     states = cast("dict[int, State]", teacher(inputs, edges))
-    after = cast("tuple[State, ...]", student(inputs, [states[first] for first, _ in spans]))
+    before = "own" if phase.inputs == "student" else [states[first] for first, _ in spans]
+    after = cast("tuple[State, ...]", student(inputs, before))
     losses = [
         span_loss(
             state,
             states[last + 1],
             inputs.mask_BM,
-            magnitude,
+            phase.magnitude,
             text=last + 1 < len(teacher.blocks),
         )
         for state, (_, last) in zip(after, spans, strict=True)

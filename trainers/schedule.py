@@ -48,6 +48,11 @@ class PhaseBase(Section):
     """Of `span` alone: weight of the relative squared error beside PPCL's loss, which is blind to
     magnitude."""
 
+    inputs: Literal["teacher", "student"] = "teacher"
+    """Of `span` alone: what a replacement is fed. `teacher`: the teacher's state before its span,
+    as PPCL does, so that replacements do not depend on each other. `student`: what the student's
+    own blocks before it make, one behind the other."""
+
     timestep_shift: PositiveFloat = 1.0
     """Above 1 training sees more noise, as schedulers do for large pictures."""
 

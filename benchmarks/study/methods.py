@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.study.masks import masked_plan
 from benchmarks.study.setting import Setting, Trained
 from search.analyse import Analysis
-from search.rules import Ground, amber, influence, ppcl, uniform
+from search.rules import Ground, amber, influence, narrowed, ppcl, uniform
 from search.solver import Piece
 from search.space import Space
 from trainers.evaluate import fidelity_loss
@@ -55,6 +55,8 @@ class Method:
     one behind the other on the student's."""
     loss: Literal["velocity", "diffusion"] = "velocity"
     """What recovery matches."""
+    tuned: bool = True
+    """Whether the whole student is recovered at the end."""
     frozen: float = 0.0
     """The share of the student's blocks, from the first, that recovery leaves alone."""
     chained: bool = False
@@ -134,6 +136,8 @@ ABLATIONS: tuple[Method, ...] = (
     Method("PPCL, in sequence", _ppcl, trained="in sequence"),
     Method("PPCL, first block", _ppcl, start="first"),
     Method("PPCL, average", _ppcl, start="average"),
+    Method("PPCL, with width", lambda case: _ppcl_with_width(case)),
+    Method("PPCL, no fine-tuning", _ppcl, tuned=False),
     Method(
         "Amber, first block",
         lambda case: amber(case.ground, case.limit),
@@ -193,6 +197,13 @@ def _without_probes(analysis: Analysis) -> Analysis:
 def _ppcl_on(case: Case, change: Callable[[Analysis], Analysis]) -> Plan | None:
     ground = replace(case.ground, analysis=change(case.ground.analysis))
     return ppcl(ground, case.limit)
+
+
+def _ppcl_with_width(case: Case) -> Plan | None:
+    """Depth for two thirds of the way, then projected text and linear FFNs for the rest."""
+    whole = case.setting.sweep.teacher_parameters
+    depth = ppcl(case.ground, whole - (whole - case.limit) * 2 // 3)
+    return None if depth is None else narrowed(case.ground, depth, case.limit)
 
 
 def _threshold(case: Case) -> Plan | None:

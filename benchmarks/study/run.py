@@ -113,7 +113,8 @@ def run_method(method: Method, case: Case, trained: Trained) -> dict[str, Any]:
     sequenced = time.perf_counter() - started
     before = fidelity_loss(student, setting.family, setting.probe)
     started = time.perf_counter()
-    recover(setting, student, method, case.seed)
+    if method.tuned:
+        recover(setting, student, method, case.seed)
     if method.chained:
         plan, student = share_streams(case, plan, student)
         before = fidelity_loss(student, setting.family, setting.probe)

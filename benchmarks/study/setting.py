@@ -21,6 +21,7 @@ from search.redundancy import analyse
 from search.rules import Ground
 from search.sweep import Sweep
 from trainers.data.latents import Latents, training_inputs
+from trainers.distilled import detached
 from trainers.evaluate import (
     FidelityProbe,
     fidelity_loss,
@@ -33,7 +34,7 @@ from trainers.library.train import teacher_states, train_replacements
 from trainers.losses import span_loss, velocity_loss
 from trainers.optimizer import adamw, rate_at
 from trainers.probe import ProbeConfig
-from trainers.students.families.base import Config, Family, State
+from trainers.students.families.base import Config, Family
 from trainers.students.plan import BlockPlan, Plan
 from trainers.tasks import TASKS
 
@@ -167,13 +168,7 @@ def train_in_sequence(setting: Setting, student: nn.Module, plan: Plan, seed: in
         states = teacher_states(setting.teacher, family, inputs, edges).states
         state, context = family.begin(student, inputs)
         for block, module in zip(plan.blocks, blocks, strict=True):
-            read = state.modulated_BMD
-            state = State(
-                state.text_BMD.detach(),
-                state.image_BND.detach(),
-                None if read is None else read.detach(),
-            )
-            state = family.run_block(module, state, context)
+            state = family.run_block(module, detached(state), context)
             after = block.span[1] + 1
             if not block.untouched:
                 text = after < teacher_blocks

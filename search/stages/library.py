@@ -90,6 +90,7 @@ def rule_plans(sweep: Sweep, analysis: Analysis) -> list[Start]:
         analysis,
         search.noise_power,
         search.least_cka,
+        search.next_interval,
     )
     found = (
         (label, rule, RULES[rule](ground, limit))

@@ -91,6 +91,22 @@ def test_an_unlike_interval_is_rejected_and_the_next_starts_one_block_on():
     assert found[0][0] == (2, 3)
 
 
+def test_the_next_chain_may_start_from_the_end_of_the_last():
+    # From block 1 the loss rises after block 3; the chain from 3 then takes 4 and 5, the one from 5
+    # takes 6 and 7.
+    chain = chain_of({1: [1, 0.9, 0.85, 0.65], 3: [1, 0.99, 0.98, 0.68]})
+    found = ppcl_intervals(analysis(chain), next_interval="end")
+    assert [span for span, _ in found] == [(1, 3), (4, 5), (6, 7)]
+    assert found[1][1] == pytest.approx(0.98)
+    for least in (0.0, 0.9, 1.0):
+        blocks = [
+            block
+            for (first, last), _ in ppcl_intervals(analysis(chain), least, "end")
+            for block in range(first, last + 1)
+        ]
+        assert len(blocks) == len(set(blocks))  # spans never share a block
+
+
 def test_an_even_loss_runs_to_the_longest_span():
     assert [span for span, _ in ppcl_intervals(analysis(chain_of({})))] == [(1, 4), (5, 7)]
 

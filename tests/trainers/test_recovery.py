@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from trainers.data.latents import Latents, Shard
-from trainers.distilled import Distilled, Observed
+from trainers.distilled import Distilled, Observed, detached
+from trainers.losses import span_loss
 from trainers.recovery import (
     NanLossError,
     Position,
     RecoveryError,
     examples_of,
+    phase_loss,
     recover,
     restore_weights,
+    set_trainable,
     snapshot,
     student_weights,
 )
@@ -152,6 +155,41 @@ def test_span_phase_trains_replacements_alone(teacher: nn.Module, latents: Laten
     }
     assert {name.split(".")[1] for name in changed} == {"1", "2"}
     assert all(name.startswith("transformer_blocks.") for name in changed)
+
+
+def test_replacements_may_be_fed_the_students_own_states(
+    teacher: nn.Module, latents: Latents
+) -> None:
+    """Against the loss written out, and with no gradient from one replacement to another."""
+    student = Run(teacher, latents).student
+    phase = SCHEDULE.phases[0].model_copy(update={"inputs": "student"})
+    set_trainable(student, phase)
+    example = next(examples_of(latents, seed=3)(0, phase, 0))
+    phase_loss(student, Observed(FAMILY, teacher), example, phase).backward()
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    other = Run(teacher, latents).student
+    set_trainable(other, phase)
+    ends = {i: block.span[1] for i, block in enumerate(PLAN.blocks) if not block.untouched}
+    state, context = FAMILY.begin(teacher, example.inputs)
+    states = []
+    for block in FAMILY.block_modules(teacher):
+        state = FAMILY.run_block(block, state, context)
+        states.append(state)
+    state, context = FAMILY.begin(other.student, example.inputs)
+    for i, block in enumerate(other.blocks):
+        state = FAMILY.run_block(block, detached(state), context)
+        if i in ends:
+            text = ends[i] + 1 < len(states)
+            loss = span_loss(
+                state, detached(states[ends[i]]), example.inputs.mask_BM, phase.magnitude, text=text
+            )
+            (loss / len(ends)).backward()
+    expected = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
+    assert {name.split(".")[2] for name in found} == {str(i) for i in ends}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 def test_every_phase_lowers_its_loss(teacher: nn.Module, latents: Latents) -> None:
