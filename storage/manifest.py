@@ -1,6 +1,7 @@
 """The commit rule, once: files under a prefix exist when their manifest does, and it comes last.
 
-`publish` writes, `published` is the one test of completeness, `fetch` and the readers verify.
+`publish` writes, `published` is the one test of completeness, `fetch` and the readers verify what
+they read, `verify` everything.
 """
 
 from __future__ import annotations
@@ -142,6 +143,29 @@ def read_json(store: Store, prefix: str, name: str, manifest: Manifest | None = 
             f"{_where(store, f'{prefix}/{name}')}: not JSON ({error}); {_remedy(prefix)}"
         ) from None
     return value
+
+
+def verify(store: Store, prefix: str) -> Manifest:
+    """Read every published file and hold it against its size and digest; nothing is kept.
+
+    Raises `MissingKey` when nothing is published, `DamagedError` naming the file that differs.
+    """
+    manifest = _required(store, prefix)
+
+    def check(item: tuple[str, FileEntry]) -> None:
+        name, entry = item
+        digest, size = hashlib.sha256(), 0
+        try:
+            with store.read(f"{prefix}/{name}") as source:
+                while chunk := source.read(1 << 20):
+                    digest.update(chunk)
+                    size += len(chunk)
+        except MissingKey:
+            raise _gone(store, prefix, name) from None
+        _verify(store, prefix, name, entry, size, digest.hexdigest())
+
+    _in_parallel(check, manifest.files.items())
+    return manifest
 
 
 def withdraw(store: Store, prefix: str) -> None:

@@ -44,9 +44,7 @@ class Entry(Section):
 
 def add(store: Store, entry: Entry) -> str:
     """Add the entry and return its key; adding it again changes nothing."""
-    content = entry.model_dump(mode="json")
-    moment = entry.created.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
-    key = f"{layout.registered(entry.budget)}/{moment}-{digest_json(content)}.json"
+    key = _key(entry)
     store.write(key, entry.model_dump_json(indent=1).encode())
     return key
 
@@ -67,10 +65,22 @@ def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
     older entry.
     """
     candidates = [e for e in entries(store, budget) if teacher is None or e.teacher == teacher]
-    return min(candidates, key=_rank, default=None)
+    return min(candidates, key=rank, default=None)
 
 
-def _rank(entry: Entry) -> tuple[bool, float, float, int]:
+def remove(store: Store, entry: Entry) -> None:
+    """Remove the entry; nothing happens when it is not there."""
+    store.remove(_key(entry))
+
+
+def _key(entry: Entry) -> str:
+    moment = entry.created.astimezone(UTC).strftime("%Y%m%dT%H%M%SZ")
+    digest = digest_json(entry.model_dump(mode="json"))
+    return f"{layout.registered(entry.budget)}/{moment}-{digest}.json"
+
+
+def rank(entry: Entry) -> tuple[bool, float, float, int]:
+    """The lower, the better; see `best`."""
     judged = entry.judge_score is not None
     return (not judged, -(entry.judge_score or 0.0), entry.fidelity_loss, entry.parameters)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typer
 
-from cluster.cli import models, run, show
+from cluster.cli import best, models, run, show
 
 app = typer.Typer(
     name="espalier",
@@ -34,6 +34,7 @@ app = typer.Typer(
 run.register(app)
 show.register(app)
 models.register(app)
+best.register(app)
 
 
 def main() -> None:

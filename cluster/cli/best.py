@@ -1,0 +1,184 @@
+"""`espalier best`: the models that sweeps have published into a storage, best first."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.common import Json, endings, print_json, quieten_libraries
+from storage.errors import EspalierError
+
+if TYPE_CHECKING:
+    from storage.manifest import Manifest
+    from storage.registry import Entry
+    from storage.store import Store
+
+Storage = Annotated[
+    str, typer.Option(help="Where sweeps keep everything: a folder or s3://bucket/prefix.")
+]
+Label = Annotated[
+    str,
+    typer.Argument(
+        help="A budget's label, as in best/LABEL.", show_default=False, metavar="BUDGET"
+    ),
+]
+
+best_app = typer.Typer(
+    name="best",
+    help="List, fetch, check or remove published models.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class NothingPublishedError(EspalierError):
+    """A budget that nothing was published for."""
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(best_app, rich_help_panel="Use a model")
+
+
+@best_app.command("ls")
+def ls(storage: Storage = "runs", as_json: Json = False) -> None:
+    """List every published model, the best of each budget first.
+
+    Example: espalier best ls --storage s3://bucket/espalier
+    """
+    with endings():
+        found = ranked(_open(storage))
+        if as_json:
+            print_json([entry.model_dump(mode="json") for entry in found])
+            return
+        if not found:
+            print(f"{storage}: nothing is published there")
+        for entry in found:
+            print(_line(entry))
+
+
+@best_app.command("get")
+def get(
+    budget: Label,
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    storage: Storage = "runs",
+) -> None:
+    """Fetch the best model of a budget, every file verified.
+
+    Example: espalier best get 50pct --out half
+    """
+    with endings():
+        from storage import layout
+        from storage.manifest import fetch
+
+        store = _open(storage)
+        _required(store, budget)
+        fetch(store, layout.best(budget), out)
+        print(f"{out}: the best at {budget}")
+
+
+@best_app.command("verify")
+def verify(budget: Label, storage: Storage = "runs") -> None:
+    """Hold every file of the best model of a budget against its digest, then load it.
+
+    Example: espalier best verify 50pct
+    """
+    with endings():
+        from storage import layout
+        from storage.manifest import fetch
+        from storage.manifest import verify as verify_files
+
+        store = _open(storage)
+        _required(store, budget)
+        prefix = layout.best(budget)
+        manifest = verify_files(store, prefix)
+        quieten_libraries()
+        from trainers.export import load_pipeline
+
+        with tempfile.TemporaryDirectory(prefix="espalier-verify-") as scratch:
+            fetch(store, prefix, Path(scratch), manifest)
+            pipeline: Any = load_pipeline(Path(scratch))
+            parameters = sum(p.numel() for p in pipeline.transformer.parameters())
+        size = sum(entry.size for entry in manifest.files.values())
+        print(
+            f"{store.url}/{prefix}: {len(manifest.files)} files, {size:,} bytes, as published; "
+            f"loads with {parameters:,} parameters"
+        )
+
+
+@best_app.command("rm")
+def rm(
+    budget: Label,
+    plan: Annotated[
+        str, typer.Option(help="The plan's digest, as `ls` shows it.", show_default=False)
+    ],
+    storage: Storage = "runs",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a model from the registry, and from best/BUDGET when it lies there.
+
+    What the sweep that made it keeps of it stays. Example: espalier best rm 50pct --plan 72269575
+    """
+    with endings():
+        from storage import layout
+        from storage.manifest import published, withdraw
+        from storage.registry import remove
+
+        store = _open(storage)
+        chosen = [entry for entry in ranked(store, budget) if entry.plan_digest.startswith(plan)]
+        if not chosen:
+            raise NothingPublishedError(
+                f"{store.url}: nothing published at {budget} has a plan {plan}; see `espalier best "
+                "ls`"
+            )
+        for entry in chosen:
+            print(_line(entry))
+        if not yes:
+            typer.confirm("Remove?", abort=True)
+        manifest = published(store, layout.best(budget))
+        for entry in chosen:
+            remove(store, entry)
+        if manifest is not None and any(_lies_there(entry, manifest) for entry in chosen):
+            withdraw(store, layout.best(budget))
+            print(f"{store.url}/{layout.best(budget)}: removed; the next sweep publishes its best")
+
+
+def ranked(store: Store, budget: str | None = None) -> list[Entry]:
+    """Entries of one budget or of all; budgets in order, the best of each first."""
+    from storage.registry import entries, rank
+
+    return sorted(entries(store, budget), key=lambda entry: (entry.budget, *rank(entry)))
+
+
+def _open(storage: str) -> Store:
+    from storage.store import open_store
+
+    return open_store(storage)
+
+
+def _required(store: Store, budget: str) -> None:
+    from storage import layout
+    from storage.manifest import published
+
+    if published(store, layout.best(budget)) is None:
+        there = sorted({entry.budget for entry in ranked(store)})
+        known = f"there are {', '.join(there)}" if there else "nothing is published there yet"
+        raise NothingPublishedError(f"{store.url}: no best model at {budget}; {known}")
+
+
+def _lies_there(entry: Entry, manifest: Manifest) -> bool:
+    return (manifest.meta.get("student"), manifest.meta.get("plan")) == (
+        entry.prefix,
+        entry.plan_digest,
+    )
+
+
+def _line(entry: Entry) -> str:
+    score = "" if entry.judge_score is None else f"  judge {entry.judge_score:.3f}"
+    return (
+        f"{entry.budget:<8} {entry.parameters:>14,} parameters  fidelity loss "
+        f"{entry.fidelity_loss:.4g}{score}  plan {entry.plan_digest}  sweep {entry.sweep}  "
+        f"{entry.created:%Y-%m-%d %H:%M}"
+    )
