@@ -85,7 +85,7 @@ class Analysis:
     """Estimated fidelity loss of each candidate replacement alone in the teacher; 0 for the
     teacher's own blocks."""
     ridged: int = 0
-    """Probes whose least-squares system was singular, and so ridged."""
+    """Probes and maps whose least-squares system was singular, and so ridged."""
 
 
 def save_analysis(store: Store, prefix: str, analysis: Analysis) -> None:

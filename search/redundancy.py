@@ -94,6 +94,7 @@ class Measurer:
             total.add(part.to(self._device))
         steps = self._config.probe_steps
         solutions = {key: found.probe() for key, found in total.probes.items()}
+        maps = solve_maps(total.maps)
         names = _ffn_maps(self._family, self._settings, block)
         errors = [total.maps[block, name].error() for name in names]
         return Solved(
@@ -102,9 +103,9 @@ class Measurer:
                 key: trained_probe(solution.weight, total.probes[key], steps).cpu()
                 for key, solution in solutions.items()
             },
-            fits={i: _on_cpu(maps) for i, maps in solve_maps(total.maps).items()},
+            fits={i: _on_cpu(tensors) for i, tensors in maps.fits.items()},
             ffn_error=sum(errors) / len(errors) if errors else math.inf,
-            ridged=sum(solution.ridged for solution in solutions.values()),
+            ridged=sum(solution.ridged for solution in solutions.values()) + len(maps.ridged),
         )
 
     def effects(self, *solved: Solved) -> Effects:

@@ -43,7 +43,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     )
     analysis = load_analysis(sweep.store, sweep.analysis_prefix)
     if analysis is not None and analysis.ridged:
-        said += f"; singular probes, ridged: {analysis.ridged} (more analyse.pictures help)"
+        said += f"; singular fits, ridged: {analysis.ridged} (more analyse.pictures help)"
     return Outcome(said, {})
 
 

@@ -29,9 +29,11 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         seed=config.seed,
         progress=progress,
     )
-    failed = f", {len(report.failed)} failed" if report.failed else ""
+    said = f", {len(report.failed)} failed" if report.failed else ""
+    if report.ridged:
+        said += f"; {len(report.ridged)} with singular fits, ridged (more library.fit_batches help)"
     return Outcome(
-        f"{report.trained} replacements trained, {report.reused} reused{failed}",
+        f"{report.trained} replacements trained, {report.reused} reused{said}",
         {
             "trained": report.trained,
             "reused": report.reused,

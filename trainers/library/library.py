@@ -41,6 +41,8 @@ class ReplacementMeta(Section):
     """Training loss at the end: the mean of the last tenth of the steps."""
     failed: str | None = None
     """Why training dropped it; then no weights are stored, and it is not tried again."""
+    ridged: tuple[str, ...] = ()
+    """Linear maps whose closed-form fit was singular, and so ridged."""
     parameters: NonNegativeInt = 0
     """Of the replacement."""
     seconds: NonNegativeFloat = 0.0

@@ -23,9 +23,9 @@ from trainers.losses import span_loss
 from trainers.optimizer import adamw, rate_at
 from trainers.progress import Progress, silent
 from trainers.students.families.base import Context, Family, Inputs, MapPair, State
-from trainers.students.fits import fit_maps, map_tokens
+from trainers.students.fits import Maps, fit_maps, map_tokens
 from trainers.students.plan import BlockPlan
-from trainers.students.surgery import Fits, make_block, source_block
+from trainers.students.surgery import make_block, source_block
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Trained:
     """One a step."""
     failed: str | None = None
     """Why it was dropped, in one sentence."""
+    ridged: tuple[str, ...] = ()
+    """Linear maps whose system was singular, and so ridged."""
 
 
 def train_replacements(
@@ -63,10 +65,12 @@ def train_replacements(
     teacher_config = dict(cast("Any", teacher).config)
     teacher_blocks = family.block_modules(teacher)
     started = {block: block.model_copy(update={"start": config.start}) for block in blocks}
-    fits = _fits(teacher, family, list(started.values()), latents, config, seed)
+    fitted = _fitted(teacher, family, list(started.values()), latents, config, seed)
     modules = {}
     for block in blocks:
-        module = make_block(family, teacher_config, teacher_blocks, started[block], fits=fits)
+        module = make_block(
+            family, teacher_config, teacher_blocks, started[block], fits=fitted.fits
+        )
         modules[block] = module.float().requires_grad_(True).train()
     optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr)
     edges = {edge for block in blocks for edge in (block.span[0], block.span[1] + 1)}
@@ -123,6 +127,11 @@ def train_replacements(
             module.to(example.dtype).requires_grad_(False).eval(),
             tuple(losses[block]),
             failed.get(block),
+            tuple(
+                name
+                for name in family.maps(block)
+                if (source_block(started[block]), name) in fitted.ridged
+            ),
         )
         for block, module in modules.items()
     }
@@ -162,14 +171,14 @@ def teacher_states(
     return TeacherPass(states, context, pairs)
 
 
-def _fits(
+def _fitted(
     teacher: nn.Module,
     family: Family,
     blocks: Sequence[BlockPlan],
     latents: Latents,
     config: TrainingConfig,
     seed: int,
-) -> Fits:
+) -> Maps:
     example = next(teacher.parameters())
     wanted: dict[int, set[str]] = {}
     for block in blocks:

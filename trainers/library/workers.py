@@ -47,6 +47,8 @@ class LibraryReport:
     """Replacements that were there already, failures included."""
     failed: dict[BlockPlan, str] = field(default_factory=dict)
     """Replacements that training dropped, and why."""
+    ridged: tuple[BlockPlan, ...] = ()
+    """Replacements of which a linear map's fit was singular."""
 
 
 def train_library(
@@ -93,6 +95,7 @@ def train_library(
         trained=len(missing),
         reused=reused,
         failed=failed,
+        ridged=tuple(block for block, meta in known.items() if meta and meta.ridged),
     )
 
 
@@ -228,6 +231,7 @@ class LibraryWorker:
             damage=damage,
             loss=None if failed else sum(tail) / len(tail),
             failed=failed,
+            ridged=trained.ridged,
             parameters=sum(p.numel() for p in trained.module.parameters()),
             seconds=seconds,
             training=self._config.training,

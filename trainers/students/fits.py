@@ -29,7 +29,7 @@ def fit_maps(
     family: Family,
     batches: Iterable[Inputs],
     wanted: Mapping[int, Collection[str]],
-) -> Fits:
+) -> Maps:
     """The maps `wanted` of each teacher block, fitted in one pass of the teacher over `batches`.
 
     A name that a block cannot have (a projection of the first block's text) is left out.
@@ -65,13 +65,24 @@ def gather_maps(
     return sums
 
 
-def solve_maps(sums: Mapping[tuple[int, str], MapSums]) -> Fits:
+class Maps(NamedTuple):
+    """Fitted maps."""
+
+    fits: Fits
+    ridged: frozenset[tuple[int, str]]
+    """Those, by block and name, whose system was singular and had to be ridged."""
+
+
+def solve_maps(sums: Mapping[tuple[int, str], MapSums]) -> Maps:
     """The maps themselves, from their sums."""
     fits: dict[int, dict[str, Tensor]] = {}
+    ridged = set()
     for (i, name), total in sums.items():
-        weight_DD, bias_D, _ = total.solved()
+        weight_DD, bias_D, singular = total.solved()
         fits.setdefault(i, {}).update({f"{name}.weight": weight_DD, f"{name}.bias": bias_D})
-    return fits
+        if singular:
+            ridged.add((i, name))
+    return Maps(fits, frozenset(ridged))
 
 
 class Solution(NamedTuple):

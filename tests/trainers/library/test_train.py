@@ -50,6 +50,18 @@ def test_a_replacement_is_the_same_whatever_is_trained_beside_it(teacher: nn.Mod
         assert together[block].failed is None
 
 
+def test_a_replacement_says_which_of_its_fits_were_singular(teacher: nn.Module):
+    blocks = [BLOCKS[0], BLOCKS[4]]
+    few = CONFIG.model_copy(update={"fit_batches": 1, "batch_size": 1, "steps": 1})
+    trained = train_replacements(teacher, FAMILY, blocks, small_latents(), few, seed=5)
+    assert trained[blocks[0]].ridged == ()
+    assert set(trained[blocks[1]].ridged) == set(FAMILY.maps(blocks[1]))
+    assert trained[blocks[1]].failed is None
+    many = CONFIG.model_copy(update={"fit_batches": 12, "batch_size": 8, "steps": 1})
+    trained = train_replacements(teacher, FAMILY, blocks, small_latents(), many, seed=5)
+    assert trained[blocks[1]].ridged == ()
+
+
 def test_the_teacher_runs_once_a_step_and_not_beyond_the_last_span(teacher: nn.Module):
     calls = dict.fromkeys(range(6), 0)
 

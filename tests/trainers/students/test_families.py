@@ -147,7 +147,7 @@ def test_maps_fitted_in_closed_form_bring_a_cut_teacher_closer(tiny: Tiny):
     inputs = tiny.inputs()
     cut = BlockPlan(span=(1, 2), ffn="linear", start="average", text="projected", text_map=True)
     plan = tiny.plan(BlockPlan(span=(0, 0)), cut, BlockPlan(span=(3, 5)))
-    fits = fit_maps(model, family, [inputs], dict.fromkeys(range(BLOCKS), family.maps(cut)))
+    fits = fit_maps(model, family, [inputs], dict.fromkeys(range(BLOCKS), family.maps(cut))).fits
     right = family.forward(model, inputs)
     errors = [
         (family.forward(assemble(model, plan, fits=given), inputs) - right).square().mean()
@@ -163,7 +163,7 @@ def test_a_fit_is_the_least_squares_solution_with_a_bias(tiny: Tiny):
         replace(inputs, noisy_BNC=torch.randn(2, 6, 64, generator=generator)) for _ in range(8)
     ]
     name = family.maps(BlockPlan(span=(1, 1), ffn="linear"))[0]
-    fits = fit_maps(model, family, batches, {1: (name,)})
+    fits = fit_maps(model, family, batches, {1: (name,)}).fits
     read, added = [], []
     for batch in batches:
         state, context = family.begin(model, batch)
