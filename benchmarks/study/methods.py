@@ -57,6 +57,8 @@ class Method:
     """What recovery matches."""
     tuned: bool = True
     """Whether the whole student is recovered at the end."""
+    longer: int = 1
+    """How many times as many steps its recovery takes as everyone's."""
     frozen: float = 0.0
     """The share of the student's blocks, from the first, that recovery leaves alone."""
     chained: bool = False
@@ -138,6 +140,7 @@ ABLATIONS: tuple[Method, ...] = (
     Method("PPCL, average", _ppcl, start="average"),
     Method("PPCL, with width", lambda case: _ppcl_with_width(case)),
     Method("PPCL, no fine-tuning", _ppcl, tuned=False),
+    Method("PPCL, recovered three times as long", _ppcl, longer=3),
     Method(
         "Amber, first block",
         lambda case: amber(case.ground, case.limit),

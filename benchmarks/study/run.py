@@ -183,8 +183,8 @@ def share_streams(case: Case, plan: Plan, half: nn.Module) -> tuple[Plan, nn.Mod
 
 
 def recover(setting: Setting, student: nn.Module, method: Method, seed: int) -> None:
-    """The same number of steps for everyone, on the method's own loss."""
-    family = setting.family
+    """The same number of steps for everyone, unless said otherwise, on the method's own loss."""
+    family, steps = setting.family, STEPS * method.longer
     student.requires_grad_(True).train()
     blocks = family.block_modules(student)
     for block in islice(blocks, round(method.frozen * len(blocks))):
@@ -193,10 +193,10 @@ def recover(setting: Setting, student: nn.Module, method: Method, seed: int) -> 
     optimizer = adamw(trained, RATE)
     shift = setting.sweep.config.library.timestep_shift
     batches = setting.latents.batches(seed * 1009 + 1, BATCH)
-    for step, batch in enumerate(islice(batches, STEPS)):
+    for step, batch in enumerate(islice(batches, steps)):
         inputs, noise_BNC = training_inputs(batch, seed * 1009 + 1, shift)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * rate_at(step, STEPS, 8)
+            group["lr"] = RATE * rate_at(step, steps, 8)
         velocity_BNC = family.forward(student, inputs)
         if method.loss == "velocity":
             loss = velocity_loss(velocity_BNC, family.forward(setting.teacher, inputs))
