@@ -125,6 +125,7 @@ def plot(rows: Sequence[Row], teacher: Row, file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     budgets = budgets_of(rows)
     drawn, axes = pyplot.subplots(1, len(budgets), figsize=(11, 4.5), squeeze=False, sharey=True)
@@ -136,15 +137,21 @@ def plot(rows: Sequence[Row], teacher: Row, file: Path) -> None:
                 for row in rows
                 if (row["method"], row["budget"], row["reached"]) == (method.name, budget, True)
             ]
+            # A ring shows where another method found the same student.
+            ring = method.name == "Puzzle"
             ax.scatter(
                 [row["fidelity"] for row in mine],
                 [row["judge"]["overall"] for row in mine],
-                color=colour,
+                edgecolor=colour,
+                facecolor="none" if ring else colour,
                 label=method.name,
-                s=28,
+                s=110 if ring else 28,
             )
         ax.axhline(teacher["judge"]["overall"], color="grey", linewidth=0.8, linestyle="--")
         ax.set(xscale="log", xlabel="fidelity loss after recovery", title=budget)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[0][0].set_ylabel("judge score (dashed: teacher)")
     axes[0][-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     drawn.savefig(file, dpi=130, bbox_inches="tight")
