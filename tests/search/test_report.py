@@ -77,6 +77,12 @@ def test_one_png_a_figure_lies_beside_the_page(folder: Path) -> None:
             picture.verify()
 
 
+def test_every_figure_is_on_the_page(page: Page) -> None:
+    shown = {tag.get("alt") for tag in page.of("img")}
+    # Pictures are shown one by one instead of as a sheet.
+    assert {d.alt for d in drawings(whole()) if d.name != "pictures"} <= shown
+
+
 def test_the_page_needs_no_network(page: Page) -> None:
     addresses = [
         tag[key] for _, tag in page.tags for key in ("src", "srcset", "href") if key in tag
@@ -101,7 +107,7 @@ def test_pictures_and_tables_can_be_read_without_seeing_them(page: Page) -> None
 
 def test_figures_come_in_a_light_and_a_dark_version(page: Page) -> None:
     sources = page.of("source")
-    assert len(sources) == len(page.of("picture")) == 8
+    assert len(sources) == len(page.of("picture")) == 9
     assert all(tag["media"] == "(prefers-color-scheme: dark)" for tag in sources)
 
 
