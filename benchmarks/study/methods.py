@@ -154,6 +154,14 @@ ABLATIONS: tuple[Method, ...] = (
         trained=None,
         loss="diffusion",
     ),
+    Method(
+        "Amber, all free for both phases",
+        lambda case: amber(case.ground, case.limit),
+        start="average",
+        trained=None,
+        loss="diffusion",
+        longer=2,
+    ),
     Method("Amber, velocity", lambda case: amber(case.ground, case.limit), start="average"),
 )
 """What the papers' parts do, one taken away or exchanged at a time."""
