@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from search.space import Space
 from storage.errors import EspalierError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import optuna
 
     from search.trials import Trial
+
+Result = TypeVar("Result")
 
 ATTEMPTS = 5
 """How often a database is tried that does not answer."""
@@ -63,14 +66,14 @@ class StudyLog:
         the trials of another search of the same sweep give way to this one's.
         """
         self.url, self._name, self._space = url, name, space
-        self._study = self._tried(lambda: self._open(teacher, search))
+        self._study: optuna.Study = self._tried(partial(self._open, teacher, search))
         self._known = {trial.user_attrs.get("number") for trial in self._study.get_trials(False)}
 
     def add(self, trials: Sequence[Trial]) -> None:
         """Adds those that are not there. StudyError when the database does not answer."""
         for trial in trials:
             if trial.number not in self._known:
-                self._tried(lambda: self._study.add_trial(self._frozen(trial)))  # noqa: B023
+                self._tried(partial(self._study.add_trial, self._frozen(trial)))
                 self._known.add(trial.number)
 
     def _open(self, teacher: str, search: str) -> optuna.Study:
@@ -121,7 +124,7 @@ class StudyLog:
             },
         )
 
-    def _tried(self, work: Any) -> Any:
+    def _tried(self, work: Callable[[], Result]) -> Result:
         """Calls `work`, again after a while when the database does not answer."""
         from sqlalchemy.exc import DBAPIError
 

@@ -81,17 +81,17 @@ def test_fetches_and_verifies(store: Store, tiny_pipeline: Path, tmp_path: Path)
     assert f"loads with {whole:,} parameters" in shown.stdout
 
 
-def test_an_altered_file_is_named(store: Store) -> None:
+def test_an_altered_file_is_named(store: Store, tmp_path: Path) -> None:
     key = f"{layout.best('50pct')}/model_index.json"
     store.write(key, b"{}")
-    for command in (("verify",), ("get", "--out", "unused")):
+    for command in (("verify",), ("get", "--out", tmp_path / "out")):
         shown = espalier(*command, "50pct", "--storage", store.url)
         assert shown.exit_code == 1
         assert f"{key}: 2 bytes, but" in shown.stderr
 
 
-def test_a_budget_without_a_model_is_told_what_there_is(store: Store) -> None:
-    for command in (("verify",), ("get", "--out", "unused")):
+def test_a_budget_without_a_model_is_told_what_there_is(store: Store, tmp_path: Path) -> None:
+    for command in (("verify",), ("get", "--out", tmp_path / "out")):
         shown = espalier(*command, "33pct", "--storage", store.url)
         assert shown.exit_code == 1
         assert "no best model at 33pct; there are 10B, 50pct" in shown.stderr
