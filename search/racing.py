@@ -1,24 +1,24 @@
 """What Ray sees of recoveries: a Tune trial for each, whose body is a Ray Train job.
 
 Import this late: it imports Ray Tune and Train. Small recoveries are mostly start-up, and start-up
-is mostly processes that import torch and Ray. So one trial actor serves all trials of a lane's
-place, it asks for no CPU, and Train looks at its workers often.
+is mostly processes that import torch and Ray. So one trial actor serves trial after
+trial, it asks for no CPU, and Train looks at its workers often.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from search.recover import Lane, RecoverConfig, Trial
+from search.recover import Book, Grounds
 from search.study import StatelessSearcher, quiet_tune
-from trainers.placement import Share
+from search.tiers import Race, Run
 from trainers.progress import Progress
 
 TRAIN_ENVIRONMENT = {
@@ -36,29 +36,35 @@ _PARTS = 100
 """In how many parts a recovery's progress is told."""
 
 
-class LaneSearcher(StatelessSearcher):
-    """Hands Tune the next trial of any lane that is free."""
+class RaceSearcher(StatelessSearcher):
+    """Hands Tune the next run of any race."""
 
-    def __init__(self, lanes: Sequence[Lane], common: Mapping[str, Any], progress: Progress):
+    def __init__(
+        self,
+        races: Sequence[Race],
+        book: Book,
+        config: Callable[[Run], dict[str, Any]],
+        progress: Progress,
+    ):
+        """`config` says what `recovery_trial` is given for a run."""
         super().__init__()
-        self._lanes, self._common, self._progress = list(lanes), common, progress
-        self._running: dict[str, tuple[Lane, Trial]] = {}
+        self._races, self._book, self._config = list(races), book, config
+        self._progress = progress
+        self._running: dict[str, Run] = {}
         self._parts: dict[str, int] = {}
-        self.errors: dict[str, str] = {}
-        """Why trials broke down that have no outcome, by trial name."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        free = [lane for lane in self._lanes if lane.advance()]
+        free = [(race, run) for race in self._races if (run := race.waiting()) is not None]
         self._tell()
         if not free:
-            done = all(lane.done for lane in self._lanes)
+            done = all(race.done for race in self._races)
             # None asks again once a running trial has ended.
             return str(Searcher.FINISHED) if done else None
-        # The lane that is furthest behind, so that budgets take turns.
-        lane = min(free, key=lambda lane: len(lane.ended))
-        trial = lane.take()
-        self._running[trial_id] = (lane, trial)
-        return {**self._common, "name": trial.name, "job": trial.job.model_dump(mode="json")}
+        # The race that is furthest behind, so that budgets take turns.
+        race, run = min(free, key=lambda pair: len(pair[0].ended))
+        race.take(run)
+        self._running[trial_id] = run
+        return self._config(run)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         if result.get("steps"):
@@ -69,58 +75,53 @@ class LaneSearcher(StatelessSearcher):
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
-        lane, trial = self._running.pop(trial_id)
+        run = self._running.pop(trial_id)
         self._parts.pop(trial_id, None)
         if error:
-            self.errors[trial.name] = _reason(result)
-        lane.end()
+            self._book.ended(run, _reason(result))
+        else:
+            self._book.ended(run)
         self._tell()
 
     def _tell(self, **facts: float | str) -> None:
-        ended = sum(len(lane.ended) for lane in self._lanes)
-        total = sum(lane.count for lane in self._lanes)
+        ended = sum(len(race.ended) for race in self._races)
+        total = sum(race.total for race in self._races)
         done = ended * _PARTS + sum(self._parts.values())
-        best: dict[str, float] = {}
-        for lane in self._lanes:
-            if lane.best is not None:
-                budget = lane.finalist.budget
-                best[budget] = min(lane.best, best.get(budget, lane.best))
-        facts |= best
+        facts |= {race.budget: race.best for race in self._races if race.best is not None}
         self._progress.update(done, total * _PARTS, **facts)
 
 
-def race(
-    lanes: Sequence[Lane],
-    sweep: str,
-    config: RecoverConfig,
-    workers: int,
-    share: Share,
-    progress: Progress,
-) -> dict[str, str]:
-    """Run what is left of all lanes; why trials broke down, by trial name."""
+def run_races(
+    races: Sequence[Race], book: Book, grounds: Grounds, workers: int, progress: Progress
+) -> None:
+    """Run what is left of all races, noting outcomes in the book."""
     with tempfile.TemporaryDirectory(prefix="espalier-recover-") as folder, quiet_tune():
-        common = {
-            "sweep": sweep,
-            "folder": folder,
-            "workers": workers,
-            "retries": config.retries,
-            "cpus": share.num_cpus,
-            "gpus": share.num_gpus,
-        }
-        searcher = LaneSearcher(lanes, common, progress)
+
+        def config(run: Run) -> dict[str, Any]:
+            job = grounds.job(run.candidate, run.tier)
+            name = f"{grounds.sweep}-{grounds.name(run.candidate)}-{job.until}"
+            return {
+                "name": name,
+                "folder": folder,
+                "workers": workers,
+                "retries": grounds.config.retries,
+                "cpus": grounds.share.num_cpus,
+                "gpus": grounds.share.num_gpus,
+                "job": job.model_dump(mode="json"),
+            }
+
         tune.Tuner(
             tune.with_resources(recovery_trial, _DRIVER),
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=sum(lane.count for lane in lanes),
-                max_concurrent_trials=config.concurrent,
+                search_alg=RaceSearcher(races, book, config, progress),
+                num_samples=-1,  # until the searcher says that it has finished
+                max_concurrent_trials=grounds.config.concurrent,
                 reuse_actors=True,
                 trial_name_creator=_short,
                 trial_dirname_creator=_short,
             ),
             run_config=tune.RunConfig(name="recover", storage_path=folder, verbose=0),
         ).fit()
-        return searcher.errors
 
 
 def recovery_trial(config: dict[str, Any]) -> None:
@@ -148,7 +149,7 @@ def recovery_trial(config: dict[str, Any]) -> None:
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name=f"{config['sweep']}-{config['name']}",
+            name=config["name"],
             storage_path=config["folder"],
             failure_config=FailureConfig(max_failures=config["retries"]),
             callbacks=[TuneReportCallback()],

@@ -1,22 +1,32 @@
 """Recovers finalists: distils the best plans of every budget and races schedules for each.
 
-Each finalist has a lane of its own: its schedules follow one another, each proposed by Optuna from
-the results of those before it. Lanes run side by side, so what is proposed depends neither on how
-many run at once nor on interruptions; a lane that was cut off replays its stored outcomes.
+Who is measured when, and who goes on, is search/tiers.py; how a run becomes a Ray Train job,
+search/racing.py. Here it is said what a run is made from, and what has come of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import Annotated, Literal, Self, cast
 
-from pydantic import JsonValue, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from search.samplers import make_sampler
+from search.ranks import rank_correlation
+from search.tiers import Candidate, Finalist, Race, Rules, Run
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError
+from storage.manifest import withdraw
 from storage.section import Section
 from storage.store import Store, StoreOptions
 from trainers.placement import Accelerator, Share
@@ -27,8 +37,7 @@ from trainers.students.plan import BlockPlan, Plan
 from trainers.teacher import Teacher
 from trainers.worker import RecoveryJob, RecoveryOutcome, read_outcome
 
-if TYPE_CHECKING:
-    import optuna
+Part = Annotated[float, Field(gt=0, le=1)]
 
 
 class RecoverError(EspalierError):
@@ -44,6 +53,20 @@ class RecoverConfig(Section):
     schedules: PositiveInt = 2
     """Schedules that are tried for each finalist."""
 
+    tiers: Annotated[tuple[Part, ...], Field(min_length=1)] = (0.25, 1.0)
+    """Parts of a schedule, ascending, after which fidelity is measured and the better ones go on
+    from there. The last is 1."""
+
+    keep: Part = 0.34
+    """Part of the candidates (finalists with a schedule each) that goes on from a tier to the next;
+    always at least one."""
+
+    widen: Annotated[float, Field(ge=-1, le=1)] = 0.4
+    """Rank correlation of two neighbouring tiers below which the lower one misleads: as many
+    candidates again then go on from it, once; and as many more finalists are recovered, when it is
+    the fidelity loss as assembled. Measured where three or more have come through both; at -1
+    nothing is widened."""
+
     space: ScheduleSpace = ScheduleSpace()
     """The schedules to choose among. The first one tried is in the middle of every range."""
 
@@ -52,7 +75,7 @@ class RecoverConfig(Section):
     never more than the cluster has GPUs."""
 
     concurrent: PositiveInt = 1
-    """Recoveries at a time, of different finalists."""
+    """Recoveries at a time."""
 
     checkpoint_every: PositiveInt = 100
     """Optimizer steps between checkpoints."""
@@ -60,21 +83,29 @@ class RecoverConfig(Section):
     retries: NonNegativeInt = 2
     """How often a recovery goes on from its latest checkpoint after losing a worker."""
 
+    timeout: PositiveFloat = 1800.0
+    """Seconds that a step may take, or the loading before the first; a worker that takes longer
+    hangs, and counts as lost."""
+
     shard_teacher: bool = False
     """Whether the teacher is spread over the workers too. Takes less memory and more time."""
 
+    @model_validator(mode="after")
+    def _tiers_end_at_the_end(self) -> Self:
+        if list(self.tiers) != sorted(set(self.tiers)) or self.tiers[-1] != 1:
+            raise ValueError(
+                f"tiers: must ascend and end with 1, got {list(self.tiers)}; write [0.25, 1], or "
+                "[1] to run every schedule to its end"
+            )
+        return self
 
-@dataclass(frozen=True)
-class Finalist:
-    """A plan that won its place in the search."""
 
-    budget: str
-    """Label of the budget."""
-    rank: int
-    """0 is the budget's best."""
-    plan: Plan
-    loss: float
-    """Fidelity loss as assembled, before recovery."""
+class Measured(Section):
+    """What a recovery was worth at the end of a tier."""
+
+    part: Part
+    """Of the schedule."""
+    fidelity_loss: NonNegativeFloat
 
 
 class Recovery(Section):
@@ -85,8 +116,8 @@ class Recovery(Section):
     trial: str
     """Its name in the storage, see layout.recovery."""
     student: str
-    """Prefix of the student it ended with, see trainers.worker.load_student; empty there after a
-    failure."""
+    """Prefix of the student it ended with, see trainers.worker.load_student; empty there unless
+    it came to the schedule's end."""
     finalist: NonNegativeInt
     """Rank of the plan among the budget's finalists."""
     plan: Plan
@@ -95,22 +126,30 @@ class Recovery(Section):
     """How."""
     loss_before: NonNegativeFloat
     """Fidelity loss as assembled."""
+    measured: tuple[Measured, ...]
+    """Fidelity loss tier by tier, as far as it came."""
     fidelity_loss: NonNegativeFloat | None
-    """After recovery; None when it failed."""
+    """At the schedule's end; None when it did not come there."""
+    state: Literal["complete", "stopped", "failed"]
+    """`stopped`: others were better in a lower tier."""
     failed: str | None
     """Why, in one sentence."""
     seconds: NonNegativeFloat
     """Training time without start-up."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A recovery that is to run, is running, or has ended."""
+class Agreement(Section):
+    """How alike two neighbouring tiers rank the candidates of a budget."""
 
-    finalist: Finalist
-    schedule: Schedule
-    name: str
-    job: RecoveryJob
+    budget: str
+    """Its label."""
+    lower: NonNegativeFloat
+    """The tier by its part of the schedule; 0 is the plan as assembled."""
+    upper: Part
+    rho: float
+    """Spearman's rank correlation."""
+    count: PositiveInt
+    """Of those measured in both."""
 
 
 @dataclass(frozen=True)
@@ -131,130 +170,76 @@ class Grounds:
     probe: ProbeConfig
     seed: int
 
-    def trial(self, finalist: Finalist, number: int, schedule: Schedule) -> Trial:
-        """The recovery of a finalist by its schedule `number`; named by all that decides it."""
-        used = [
-            (block, self.replacements[block])
-            for block in finalist.plan.blocks
-            if block.start == "library"
-        ]
+    def name(self, candidate: Candidate) -> str:
+        """A candidate's name in the storage: of all that decides what it becomes."""
+        finalist = candidate.finalist
         made_from: dict[str, JsonValue] = {
             "teacher": self.teacher.digest,
             "plan": finalist.plan.digest,
-            "replacements": cast("JsonValue", [prefix for _, prefix in used]),
+            "replacements": cast("JsonValue", [prefix for _, prefix in self._used(finalist.plan)]),
             "encoding": self.encoding,
-            "schedule": schedule.model_dump(mode="json"),
+            "schedule": candidate.schedule.model_dump(mode="json"),
+            "tiers": list(self.config.tiers),
             "probe": self.probe.model_dump(mode="json"),
             "seed": self.seed,
         }
-        name = f"{finalist.rank}-{number}-{digest_json(made_from)}"
-        where = (self.sweep, finalist.budget, name)
-        job = RecoveryJob(
+        return f"{finalist.rank}-{candidate.number}-{digest_json(made_from)}"
+
+    def job(self, candidate: Candidate, tier: int) -> RecoveryJob:
+        """What brings a candidate to the end of a tier."""
+        finalist, schedule = candidate.finalist, candidate.schedule
+        until = math.ceil(self.config.tiers[tier] * schedule.steps)
+        where = (self.sweep, finalist.budget, self.name(candidate))
+        return RecoveryJob(
             teacher=str(self.teacher.folder),
             store=self.store.url,
             options=self.options,
             encoding=self.encoding,
-            replacements=tuple(used),
+            replacements=self._used(finalist.plan),
             plan=finalist.plan,
             schedule=schedule,
+            until=until,
             probe=self.probe,
             seed=self.seed,
             probe_seed=self.seed,
-            prefix=layout.recovery(*where),
+            prefix=layout.measured(*where, until),
             checkpoints=layout.checkpoint(*where),
             student=layout.finalist(*where),
             checkpoint_every=self.config.checkpoint_every,
+            timeout=self.config.timeout,
             shard_teacher=self.config.shard_teacher,
             num_cpus=self.share.num_cpus,
             num_gpus=self.share.num_gpus,
             threads=self.share.threads,
             device=self.share.device,
         )
-        return Trial(finalist, schedule, name, job)
+
+    def _used(self, plan: Plan) -> tuple[tuple[BlockPlan, str], ...]:
+        library = (block for block in plan.blocks if block.start == "library")
+        return tuple((block, self.replacements[block]) for block in library)
 
 
-class Lane:
-    """The schedules of one finalist, one after the other."""
+class Book:
+    """The outcomes of runs: read from the store once, noted as they come in."""
 
-    def __init__(
-        self,
-        finalist: Finalist,
-        space: ScheduleSpace,
-        count: int,
-        seed: int,
-        trial: Callable[[Finalist, int, Schedule], Trial],
-        outcome: Callable[[Trial], RecoveryOutcome | None],
-    ) -> None:
-        import optuna
+    def __init__(self, grounds: Grounds) -> None:
+        self._grounds = grounds
+        self._known: dict[tuple[Candidate, int], RecoveryOutcome | None] = {}
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.finalist, self.count = finalist, count
-        self._space, self._seed = space, seed
-        self._trial, self._outcome = trial, outcome
-        self._study = optuna.create_study(direction="minimize")
-        self._study.enqueue_trial(space.middle())
-        self._current: tuple[Trial, optuna.Trial] | None = None
-        self._taken = False
-        self._ended: list[tuple[Trial, RecoveryOutcome | None]] = []
+    def __call__(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
+        if (candidate, tier) not in self._known:
+            self._known[candidate, tier] = self._read(candidate, tier)
+        return self._known[candidate, tier]
 
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to run."""
-        return len(self._ended) == self.count
+    def ended(self, run: Run, broke: str = "its Ray Train job ended without an outcome") -> None:
+        """A run has ended: with what it stored, or else it broke down."""
+        outcome = self._read(run.candidate, run.tier)
+        # Not stored: another attempt, of a sweep that is started again, may come through.
+        broken = RecoveryOutcome(fidelity_loss=None, failed=broke, seconds=0.0, steps=0)
+        self._known[run.candidate, run.tier] = outcome or broken
 
-    @property
-    def ended(self) -> list[tuple[Trial, RecoveryOutcome | None]]:
-        """Trials so far, in order; without an outcome, those that broke down."""
-        return list(self._ended)
-
-    @property
-    def best(self) -> float | None:
-        """Lowest fidelity loss so far."""
-        losses = [o.fidelity_loss for _, o in self._ended if o and o.fidelity_loss is not None]
-        return min(losses, default=None)
-
-    def advance(self) -> bool:
-        """Replay outcomes that are stored; whether a trial is waiting to be taken."""
-        while self._current is None and len(self._ended) < self.count:
-            self._current = self._propose()
-            if self._outcome(self._current[0]) is not None:
-                self.end()
-        return self._current is not None and not self._taken
-
-    def take(self) -> Trial:
-        """The trial that is waiting; the lane is busy until `end`."""
-        assert self._current is not None
-        assert not self._taken
-        self._taken = True
-        return self._current[0]
-
-    def end(self) -> None:
-        """The taken trial has ended; what it stored is what counts."""
-        import optuna
-
-        assert self._current is not None
-        trial, asked = self._current
-        outcome = self._outcome(trial)
-        if outcome is not None and outcome.fidelity_loss is not None:
-            self._study.tell(asked, outcome.fidelity_loss)
-        else:
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        self._ended.append((trial, outcome))
-        self._current, self._taken = None, False
-
-    def _propose(self) -> tuple[Trial, optuna.Trial]:
-
-        number = len(self._ended)
-        mixed = digest_json([self._seed, self.finalist.budget, self.finalist.rank, number])
-        self._study.sampler = make_sampler("tpe", seed=int(mixed[:8], 16), startup=3)
-        asked = self._study.ask()
-        choice: dict[str, float] = {}
-        for name, (low, high) in self._space.ranges().items():
-            if isinstance(low, int) and isinstance(high, int):
-                choice[name] = asked.suggest_int(name, low, high, log=True)
-            else:
-                choice[name] = asked.suggest_float(name, low, high, log=True)
-        return self._trial(self.finalist, number, self._space.schedule(choice)), asked
+    def _read(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
+        return read_outcome(self._grounds.store, self._grounds.job(candidate, tier).prefix)
 
 
 def recover_finalists(
@@ -272,43 +257,69 @@ def recover_finalists(
     seed: int,
     progress: Progress | None = None,
 ) -> list[Recovery]:
-    """Recover every finalist by `config.schedules` schedules, as Ray Train jobs in Tune trials.
+    """Recover finalists by `config.schedules` schedules each, as Ray Train jobs in Tune trials.
 
-    Finished recoveries are found in the store and not repeated, unfinished ones go on from their
-    latest checkpoint. Ray must be up. A recovery that fails leaves the others alone; RecoverError
-    names a budget of which none came through.
+    `finalists` are each budget's, best first; beyond `config.finalists` they are a reserve. What is
+    finished is found in the store and not repeated, what is unfinished goes on from its latest
+    checkpoint. Ray must be up. A recovery that fails leaves the others alone; RecoverError names a
+    budget of which none came through.
     """
     progress = progress or silent()
     workers, share = placed(config, accelerator)
     grounds = Grounds(
         sweep, teacher, store, options, encoding, replacements, config, share, probe, seed
     )
-    lanes = [
-        Lane(
-            finalist,
-            config.space,
-            config.schedules,
-            seed,
-            grounds.trial,
-            lambda trial: read_outcome(store, trial.job.prefix),
-        )
-        for finalist in finalists
-    ]
-    errors: dict[str, str] = {}
-    if any(lane.advance() for lane in lanes):
-        from search.racing import race
+    book = Book(grounds)
+    rules = Rules(config.finalists, config.schedules, len(config.tiers), config.keep, config.widen)
+    by_budget: dict[str, list[Finalist]] = {}
+    for finalist in finalists:
+        by_budget.setdefault(finalist.budget, []).append(finalist)
+    races = [Race(mine, rules, config.space, seed, book) for mine in by_budget.values()]
+    if not all(race.done for race in races):
+        from search.racing import run_races
 
-        errors = race(lanes, sweep, config, workers, share, progress)
+        run_races(races, book, grounds, workers, progress)
     recoveries = [
-        _recovery(trial, outcome, errors) for lane in lanes for trial, outcome in lane.ended
+        _recovery(grounds, race, candidate) for race in races for candidate in race.candidates
     ]
-    for budget in dict.fromkeys(finalist.budget for finalist in finalists):
+    for recovery in recoveries:
+        if recovery.state == "stopped":
+            withdraw(store, layout.checkpoint(sweep, recovery.budget, recovery.trial))
+    for budget in by_budget:
         mine = [recovery for recovery in recoveries if recovery.budget == budget]
-        if all(recovery.failed for recovery in mine):
+        if not any(recovery.state == "complete" for recovery in mine):
             raise RecoverError(
-                f"budget {budget}: every recovery failed, the last: {mine[-1].failed}"
+                f"budget {budget}: every recovery failed, the last: "
+                f"{[r.failed for r in mine if r.failed][-1]}"
             )
     return recoveries
+
+
+def agreements(recoveries: Sequence[Recovery]) -> list[Agreement]:
+    """How alike neighbouring tiers rank what came through both, by budget; without those where
+    fewer than three did. As assembled a plan counts once, above it with its best schedule."""
+    found: list[Agreement] = []
+    for budget in dict.fromkeys(recovery.budget for recovery in recoveries):
+        mine = [recovery for recovery in recoveries if recovery.budget == budget]
+        pairs: dict[tuple[float, float], list[tuple[float, float]]] = {}
+        plans: dict[int, list[tuple[float, float, float]]] = {}
+        for recovery in mine:
+            for first in recovery.measured[:1]:
+                plans.setdefault(recovery.finalist, []).append(
+                    (first.fidelity_loss, recovery.loss_before, first.part)
+                )
+            for lower, upper in zip(recovery.measured, recovery.measured[1:], strict=False):
+                both = (lower.fidelity_loss, upper.fidelity_loss)
+                pairs.setdefault((lower.part, upper.part), []).append(both)
+        for after, before, part in map(min, plans.values()):
+            pairs.setdefault((0.0, part), []).append((before, after))
+        for (low, high), both_losses in sorted(pairs.items()):
+            rho = rank_correlation([a for a, _ in both_losses], [b for _, b in both_losses])
+            if rho is not None:
+                found.append(
+                    Agreement(budget=budget, lower=low, upper=high, rho=rho, count=len(both_losses))
+                )
+    return found
 
 
 def placed(config: RecoverConfig, accelerator: Accelerator) -> tuple[int, Share]:
@@ -326,17 +337,27 @@ def placed(config: RecoverConfig, accelerator: Accelerator) -> tuple[int, Share]
     return workers, share_of(together, accelerator)
 
 
-def _recovery(trial: Trial, outcome: RecoveryOutcome | None, errors: Mapping[str, str]) -> Recovery:
-    failed = errors.get(trial.name, "it broke down") if outcome is None else outcome.failed
+def _recovery(grounds: Grounds, race: Race, candidate: Candidate) -> Recovery:
+    finalist, config = candidate.finalist, grounds.config
+    outcomes = race.outcomes(candidate)
+    measured = tuple(
+        Measured(part=config.tiers[tier], fidelity_loss=outcome.fidelity_loss)
+        for tier, outcome in outcomes
+        if outcome.fidelity_loss is not None
+    )
+    _, last = outcomes[-1]
+    whole = bool(measured) and measured[-1].part == 1
     return Recovery(
-        budget=trial.finalist.budget,
-        trial=trial.name,
-        student=trial.job.student,
-        finalist=trial.finalist.rank,
-        plan=trial.finalist.plan,
-        schedule=trial.schedule,
-        loss_before=trial.finalist.loss,
-        fidelity_loss=outcome.fidelity_loss if outcome else None,
-        failed=failed,
-        seconds=outcome.seconds if outcome else 0.0,
+        budget=finalist.budget,
+        trial=grounds.name(candidate),
+        student=layout.finalist(grounds.sweep, finalist.budget, grounds.name(candidate)),
+        finalist=finalist.rank,
+        plan=finalist.plan,
+        schedule=candidate.schedule,
+        loss_before=finalist.loss,
+        measured=measured,
+        fidelity_loss=measured[-1].fidelity_loss if whole else None,
+        state="failed" if last.failed else "complete" if whole else "stopped",
+        failed=last.failed,
+        seconds=last.seconds,
     )

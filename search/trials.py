@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from search.pareto import best_within, pareto_front
 from search.proposals import Origin, Proposal, Proposals, Start, Target
+from search.ranks import rank_correlation
 from search.rules import NextInterval, Rule
 from search.samplers import Sampler
 from search.score import Bench, Score
@@ -227,15 +228,9 @@ def complete(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def agreement(trials: Sequence[Trial]) -> float | None:
-    """Spearman's rank correlation of summed damage and measured fidelity loss; None when fewer than
-    three plans have both, or all are alike."""
-    from scipy.stats import spearmanr
-
-    damages = [t.damage for t in trials if t.fidelity_loss is not None]
-    losses = [t.fidelity_loss for t in trials if t.fidelity_loss is not None]
-    if len(losses) < 3 or len(set(damages)) == 1 or len(set(losses)) == 1:
-        return None
-    return float(spearmanr(damages, losses).statistic)
+    """Rank correlation of summed damage and measured fidelity loss, see rank_correlation."""
+    whole = [(t.damage, t.fidelity_loss) for t in trials if t.fidelity_loss is not None]
+    return rank_correlation([damage for damage, _ in whole], [loss for _, loss in whole])
 
 
 def _tune(

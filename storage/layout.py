@@ -55,6 +55,11 @@ def recovery(name: str, budget: str, trial: str) -> str:
     return f"{sweep(name)}/recovery/{_name(budget)}/{_name(trial)}"
 
 
+def measured(name: str, budget: str, trial: str, steps: int) -> str:
+    """What one recovery was worth after so many steps, and its losses up to there."""
+    return f"{recovery(name, budget, trial)}/after-{steps:06d}"
+
+
 def checkpoint(name: str, budget: str, trial: str) -> str:
     """The checkpoints of one recovery, one `step-…` prefix each."""
     return f"{recovery(name, budget, trial)}/checkpoints"

@@ -85,19 +85,21 @@ def recover(
     schedule: Schedule,
     at: Position = Position(),
     *,
+    until: int | None = None,
     optimizer_tensors: Mapping[str, Tensor] | None = None,
     save: Save = lambda at, student, optimizer: None,
     report: Callable[[Position, float], None] = lambda at, loss: None,
     mean: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> None:
-    """Train the student in place from `at` to the schedule's end.
+    """Train the student in place from `at` until so many steps of the schedule are taken, or all.
 
     `optimizer_tensors` continues inside a phase: what `snapshot` gave there. `report` gets each
     step's position and loss; `mean` averages a scalar over the ranks, when there are several.
     Raises NanLossError, naming phase and step, on every rank alike.
     """
+    until = schedule.steps if until is None else until
     for number, phase in enumerate(schedule.phases):
-        if number < at.phase:
+        if number < at.phase or at.done(schedule) >= until:
             continue
         set_trainable(student, phase)
         optimizer = adamw((p for p in student.parameters() if p.requires_grad), phase.lr)
@@ -106,7 +108,7 @@ def recover(
                 raise ValueError(f"{at} is inside a phase: the optimizer's tensors are needed")
             restore_optimizer(student, optimizer, optimizer_tensors)
         source = examples(number, phase, at.step)
-        while at.phase == number:
+        while at.phase == number and at.done(schedule) < until:
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * rate_at(at.step, phase.steps, phase.warmup)
             loss = train_step(student, teacher, next(source), phase, optimizer, mean)

@@ -12,7 +12,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import JsonValue, NonNegativeInt, PositiveInt
+from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
 
 from storage.section import Section
 from storage.store import Store, StoreOptions, open_store
@@ -57,20 +57,25 @@ class RecoveryJob(Section):
     """What the student is."""
     schedule: Schedule
     """How it is trained."""
+    until: PositiveInt
+    """Steps of the schedule, from its start, after which this job measures the student and ends.
+    Before the schedule's end it leaves a checkpoint, from which a job with a later end goes on."""
     probe: ProbeConfig
-    """On what its fidelity is measured at the end."""
+    """On what its fidelity is measured."""
     seed: NonNegativeInt
     """Of data order, times and noise."""
     probe_seed: NonNegativeInt
     """Of the probe; the sweep's, so that all losses of a sweep are measured on the same."""
     prefix: str
-    """Where the outcome goes, which makes this recovery finished."""
+    """Where the outcome goes, which makes this job finished."""
     checkpoints: str
-    """Prefix of its checkpoints."""
+    """Prefix of the recovery's checkpoints."""
     student: str
-    """Prefix of the student that it ends with."""
+    """Prefix of the student that the whole schedule ends with."""
     checkpoint_every: PositiveInt
     """Optimizer steps between checkpoints."""
+    timeout: PositiveFloat
+    """Seconds after which a worker that takes no step ends itself."""
     shard_teacher: bool
     """Whether the teacher, too, is spread over the workers."""
     num_cpus: float
@@ -81,24 +86,26 @@ class RecoveryJob(Section):
 
 
 class RecoveryOutcome(Section):
-    """What a finished recovery says of itself, in the manifest under its prefix."""
+    """What a finished job says of itself, in the manifest under its prefix."""
 
     fidelity_loss: float | None
-    """Of the stored student; None after a failure."""
+    """Of the student as it then was; None after a failure."""
     failed: str | None = None
-    """Why it ended without a student, in one sentence."""
+    """Why it ended without one, in one sentence."""
     seconds: float
-    """Training time, over all attempts; start-up is not part of it."""
+    """Training time since the schedule's start, over all attempts; start-up is not part of it."""
     steps: int
-    """Optimizer steps taken."""
+    """Optimizer steps since the schedule's start."""
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """Runs one `RecoveryJob` to its end on every worker; the body of a TorchTrainer.
 
     NaN ends the recovery with an outcome that says so, not with an exception: another attempt
-    would end the same way.
+    would end the same way. A worker that hangs ends its process, which Train sees.
     """
+    import faulthandler
+
     import ray.train
     import torch
 
@@ -122,6 +129,11 @@ def train_loop(config: dict[str, Any]) -> None:
     from trainers.teacher import open_teacher
 
     job = RecoveryJob.model_validate(config)
+
+    def alive() -> None:
+        faulthandler.dump_traceback_later(job.timeout, exit=True)
+
+    alive()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     first = rank == 0
@@ -153,21 +165,23 @@ def train_loop(config: dict[str, Any]) -> None:
         checkpoint = None
     started = time.monotonic()
     total = job.schedule.steps
-    every = max(1, total // _REPORTS)
+    every = max(1, job.until // _REPORTS)
 
     def seconds() -> float:
         return before + time.monotonic() - started
 
     def report(at: Position, loss: float) -> None:
+        alive()
         losses.append(loss)
         done = len(losses)
         if done % every == 0:
             loss_now = sum(losses[-every:]) / every
-            ray.train.report({"step": done, "steps": total, "phase": at.phase, "loss": loss_now})
+            told = {"step": done, "steps": job.until, "phase": at.phase, "loss": loss_now}
+            ray.train.report(told)
 
     def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         done = at.done(job.schedule)
-        if done % job.checkpoint_every or done == total:
+        if done == total or (done % job.checkpoint_every and done != job.until):
             return
         # Between phases the optimizer starts anew.
         held = snapshot(student, optimizer if at.step else None, keep=first)
@@ -184,6 +198,7 @@ def train_loop(config: dict[str, Any]) -> None:
             examples_of(latents, job.seed, rank, world, device, dtype),
             job.schedule,
             at,
+            until=job.until,
             optimizer_tensors=tensors,
             save=save,
             report=report,
@@ -202,10 +217,10 @@ def train_loop(config: dict[str, Any]) -> None:
             probe = make_probe(whole_teacher, teacher.family, latents, job.probe, job.probe_seed)
             recovered = _built(teacher, job.plan, weights, device)
             fidelity = fidelity_loss(recovered, teacher.family, probe)
-            if math.isfinite(fidelity):
-                publish_student(store, job.student, job.plan, weights, teacher)
-            else:
+            if not math.isfinite(fidelity):
                 failed, fidelity = "the recovered student's velocity is not finite", None
+            elif job.until == total:
+                publish_student(store, job.student, job.plan, weights, teacher)
         outcome = RecoveryOutcome(
             fidelity_loss=fidelity, failed=failed, seconds=took, steps=len(losses)
         )
@@ -215,9 +230,11 @@ def train_loop(config: dict[str, Any]) -> None:
             {LOSSES: json.dumps(losses).encode()},
             outcome.model_dump(mode="json"),
         )
-        withdraw(store, job.checkpoints)
+        if failed or job.until == total:
+            withdraw(store, job.checkpoints)
     # One report more, by all ranks, so that none leaves while the first still measures and stores.
-    ray.train.report({"step": len(losses), "steps": total, "failed": failed or ""})
+    ray.train.report({"step": len(losses), "steps": job.until, "failed": failed or ""})
+    faulthandler.cancel_dump_traceback_later()
 
 
 def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -291,7 +308,7 @@ def load_student(
 
 
 def read_outcome(store: Store, prefix: str) -> RecoveryOutcome | None:
-    """What the recovery under `prefix` ended with, or None while it has not."""
+    """What the job with this prefix ended with, or None while it has not."""
     from storage.manifest import published
 
     manifest = published(store, prefix)

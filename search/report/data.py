@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from trainers.schedule import Schedule
     from trainers.students.plan import Plan
 
-State = Literal["complete", "failed"]
+State = Literal["complete", "stopped", "failed"]
 """A trial or finalist fails when its training or its score is not a number."""
 Matrix = tuple[tuple[float, ...], ...]
 

@@ -115,7 +115,7 @@ def _finalists(sweep: Sweep) -> tuple[FinalistFacts, ...]:
                 seconds=recovery.seconds,
                 judge_score=verdict.overall if verdict else None,
                 chosen=prefix in chosen,
-                state="failed" if recovery.failed else "complete",
+                state=recovery.state,
             )
         )
     return tuple(facts)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from search.recover import Finalist, Recovery, recover_finalists
+from search.recover import Agreement, Recovery, agreements, recover_finalists
 from search.stages.library import library_prefixes
 from search.stages.search import trials_of
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
+from search.tiers import Finalist
 from search.trials import best_trials
 from trainers.progress import Progress
 
@@ -29,19 +30,32 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         seed=config.seed,
         progress=progress,
     )
-    failed = sum(recovery.failed is not None for recovery in recoveries)
-    said = f"{len(recoveries)} recoveries" + (f", {failed} failed" if failed else "")
+    said = f"{len(recoveries)} recoveries"
+    for state in ("stopped", "failed"):
+        count = sum(recovery.state == state for recovery in recoveries)
+        said += f", {count} {state}" if count else ""
+    agreed = agreements(recoveries)
+    if agreed:
+        said += "; tiers rank alike (Spearman): " + ", ".join(map(_told, agreed))
     stored: list[Any] = [recovery.model_dump(mode="json") for recovery in recoveries]
-    return Outcome(said, {"recoveries": stored})
+    found: list[Any] = [agreement.model_dump(mode="json") for agreement in agreed]
+    return Outcome(said, {"recoveries": stored, "agreement": found})
+
+
+def _told(agreed: Agreement) -> str:
+    lower = "assembled" if agreed.lower == 0 else f"{agreed.lower:.0%}"
+    return f"{agreed.budget} {lower} to {agreed.upper:.0%} {agreed.rho:.2f}"
 
 
 def finalists(sweep: Sweep) -> list[Finalist]:
-    """The best plans of every budget, by fidelity loss as assembled."""
+    """The best plans of every budget, by fidelity loss as assembled: those that are recovered, and
+    as many more for when that loss proves to mislead."""
+    count = 2 * sweep.config.recover.finalists
     trials = trials_of(sweep)
     return [
         Finalist(label, rank, trial.plan, trial.fidelity_loss or 0.0)
         for label, limit in sweep.limits.items()
-        for rank, trial in enumerate(best_trials(trials, limit, sweep.config.recover.finalists))
+        for rank, trial in enumerate(best_trials(trials, limit, count))
     ]
 
 

@@ -77,7 +77,8 @@ def recover(sweep: Sweep, plan: Plan, teacher: object) -> None:
             publish_student(sweep.store, prefix, plan, weights, sweep.teacher)
         recovery = Recovery(
             budget="60pct", trial=name, student=prefix, finalist=0, plan=plan, schedule=schedule,
-            loss_before=0.75, fidelity_loss=loss, seconds=1.0,
+            loss_before=0.75, measured=(), fidelity_loss=loss, seconds=1.0,
+            state="complete" if loss is not None else "failed",
             failed="not finite" if loss is None else None,
         )  # fmt: skip
         recoveries.append(recovery.model_dump(mode="json"))

@@ -1,19 +1,20 @@
-"""Recovering finalists: lanes of schedules, and Ray Train itself with a worker killed."""
+"""Recovering finalists on Ray Train itself: with a worker killed, tier by tier."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from search.recover import Finalist, Lane, RecoverConfig, Recovery, Trial, recover_finalists
+from search.recover import RecoverConfig, Recovery, agreements, recover_finalists
+from search.tiers import Finalist
+from storage import layout
 from storage.manifest import publish, read_json
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import save_tensors
@@ -24,89 +25,11 @@ from trainers.library.library import TENSORS as BLOCK
 from trainers.library.library import library_block
 from trainers.probe import ProbeConfig
 from trainers.recovery import examples_of, recover
-from trainers.schedule import PhaseSpace, Schedule, ScheduleSpace
+from trainers.schedule import PhaseSpace, ScheduleSpace
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
 from trainers.teacher import Teacher, open_teacher
-from trainers.worker import LOSSES, RecoveryOutcome, load_student
-
-SPACE = ScheduleSpace(
-    phases=(
-        PhaseSpace(loss="span", steps=(10, 40), lr=(1e-4, 1e-2)),
-        PhaseSpace(loss="velocity", train="all", steps=30, lr=(1e-4, 1e-2)),
-    )
-)
-PLAN = Plan(
-    family="qwen_image",
-    teacher_blocks=2,
-    blocks=(BlockPlan(span=(0, 1)),),
-)
-
-
-@dataclass
-class Bench:
-    """Stands in for the store: the outcomes of trials that ran."""
-
-    losses: Mapping[int, float | None]
-    """By number of the schedule; None fails."""
-    outcomes: dict[str, RecoveryOutcome] = field(default_factory=dict)
-    ran: list[Schedule] = field(default_factory=list)
-
-    def lane(self, seed: int = 0) -> Lane:
-        return Lane(
-            Finalist("half", 0, PLAN, 1.0), SPACE, len(self.losses), seed, self.trial, self.outcome
-        )
-
-    def trial(self, finalist: Finalist, number: int, schedule: Schedule) -> Trial:
-        return Trial(finalist, schedule, f"{number}-{schedule.model_dump_json()}", job=None)  # type: ignore[arg-type]  # a lane does not look inside
-
-    def outcome(self, trial: Trial) -> RecoveryOutcome | None:
-        return self.outcomes.get(trial.name)
-
-    def run(self, lane: Lane, most: int = 99) -> list[Schedule]:
-        while lane.advance() and most > 0:
-            trial = lane.take()
-            loss = self.losses[int(trial.name.split("-")[0])]
-            failed = "not finite" if loss is None else None
-            self.outcomes[trial.name] = RecoveryOutcome(
-                fidelity_loss=loss, failed=failed, seconds=1.0, steps=1
-            )
-            self.ran.append(trial.schedule)
-            lane.end()
-            most -= 1
-        return [trial.schedule for trial, _ in lane.ended]
-
-
-def test_a_lane_starts_in_the_middle_and_stays_within_the_ranges() -> None:
-    bench = Bench({0: 0.3, 1: 0.2, 2: 0.1, 3: 0.4, 4: 0.3})
-    schedules = bench.run(bench.lane())
-    assert schedules[0] == SPACE.schedule(SPACE.middle())
-    assert len({schedule.model_dump_json() for schedule in schedules}) == 5
-    assert all(10 <= s.phases[0].steps <= 40 and s.phases[1].steps == 30 for s in schedules)
-
-
-def test_a_lane_cut_off_goes_on_as_if_it_had_not_been() -> None:
-    losses = {0: 0.3, 1: None, 2: 0.1, 3: 0.4}
-    whole = Bench(losses)
-    cut = Bench(losses)
-    wanted = whole.run(whole.lane())
-    cut.run(cut.lane(), most=2)
-    assert cut.run(cut.lane()) == wanted
-    assert len(cut.ran) == 4
-
-
-def test_a_failed_trial_does_not_stop_its_lane() -> None:
-    bench = Bench({0: None, 1: 0.2})
-    lane = bench.lane()
-    assert len(bench.run(lane)) == 2
-    assert lane.done
-    assert lane.best == 0.2
-
-
-def test_lanes_of_other_seeds_explore_elsewhere() -> None:
-    one, two = Bench({0: 0.3, 1: 0.2}), Bench({0: 0.3, 1: 0.2})
-    assert one.run(one.lane(seed=1))[1] != two.run(two.lane(seed=2))[1]
-
+from trainers.worker import LOSSES, load_student
 
 GOOD = BlockPlan(span=(1, 2), start="library")
 BROKEN = BlockPlan(span=(2, 3), start="library")
@@ -150,7 +73,9 @@ def test_a_recovery_on_ray_train_outlives_a_killed_worker(
     put_latents(store)
     put_replacements(store, teacher)
     config = RecoverConfig(
+        finalists=2,
         schedules=1,
+        keep=1,
         checkpoint_every=10,
         space=ScheduleSpace(
             phases=(
@@ -243,4 +168,50 @@ def alone_losses(store: Store, teacher: Teacher, recovery: Recovery) -> list[flo
 
 
 def prefix_of(recovery: Recovery) -> str:
-    return recovery.student.rsplit("/", 1)[0]
+    trial = ("tiny", recovery.budget, recovery.trial)
+    return layout.measured(*trial, recovery.schedule.steps)
+
+
+@pytest.mark.timeout(900)
+def test_who_goes_on_continues_from_where_it_was_measured(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store, teacher = open_store(str(tmp_path / "store")), open_teacher(tiny_pipeline)
+    put_latents(store)
+    put_replacements(store, teacher)
+    config = RecoverConfig(
+        schedules=2,
+        tiers=(0.3, 1),
+        space=ScheduleSpace(
+            phases=(
+                PhaseSpace(loss="span", steps=6, lr=1e-3, batch_size=4, magnitude=0),
+                PhaseSpace(loss="velocity", train="all", steps=14, lr=(1e-4, 1e-2), batch_size=4),
+            )
+        ),
+    )
+    with local_ray():
+        recoveries = recover_finalists(
+            [Finalist("half", 0, plan_with(GOOD), 1.0)],
+            sweep="tiny",
+            teacher=teacher,
+            store=store,
+            options=StoreOptions(),
+            encoding="encoded/tiny",
+            replacements={GOOD: "library/tiny/good"},
+            config=config,
+            accelerator="cpu",
+            probe=ProbeConfig(pictures=2, timesteps=2),
+            seed=5,
+        )
+    went, stopped = sorted(recoveries, key=lambda recovery: recovery.state)
+    assert (went.state, stopped.state) == ("complete", "stopped")
+    assert [measured.part for measured in went.measured] == [0.3, 1]
+    assert [measured.part for measured in stopped.measured] == [0.3]
+    assert went.measured[0].fidelity_loss <= stopped.measured[0].fidelity_loss
+    # The steps after the halt are the steps of a run without one.
+    alone = alone_losses(store, teacher, went)
+    assert read_json(store, prefix_of(went), LOSSES) == pytest.approx(alone, rel=1e-3)
+    assert load_student(store, went.student, teacher)[1] == went.plan
+    assert not [key for key in store.keys("sweeps") if "/checkpoints/" in key]
+    assert agreements(recoveries) == []

@@ -11,7 +11,7 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from search.proposals import Proposals, Target
-from search.racing import LaneSearcher
+from search.racing import RaceSearcher
 from search.study import PlanSearcher
 from tests.search.test_proposals import make_space
 
@@ -40,7 +40,7 @@ def test_tune_can_pickle_a_searcher_that_shows_progress_on_a_terminal(terminal: 
     proposals = Proposals(make_space(), [Target("50pct", 45)], trials=2, exact=1, lag=1, seed=0)
     searchers: list[Searcher] = [
         PlanSearcher(proposals, lambda _: None, lambda *_: shown.update(1, 2)),
-        LaneSearcher([], {}, shown),
+        RaceSearcher([], lambda *_: None, lambda _: {}, shown),  # type: ignore[arg-type]
     ]
     for searcher in searchers:
         cloudpickle.dumps(searcher)

@@ -1,0 +1,292 @@
+"""Who goes how far: the candidates of one budget, measured ever later in their schedules.
+
+Tiers: a plan is scored as assembled, its finalists are recovered by a part of a schedule, the
+better ones to the end. This is successive halving, one bracket of Hyperband; a candidate that goes
+up continues from where it was measured. What a low tier misleads about is not guessed by hedging,
+as Hyperband's other brackets do, but measured: where its order and the order a tier above disagree,
+it is widened. Nothing here runs anything: what happens next follows from the stored outcomes alone,
+whatever the number of workers and after any interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from search.ranks import rank_correlation
+from search.samplers import make_sampler
+from storage.digest import digest_json
+from trainers.schedule import Schedule, ScheduleSpace
+from trainers.students.plan import Plan
+from trainers.worker import RecoveryOutcome
+
+if TYPE_CHECKING:
+    import optuna
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A plan that won its place in the search."""
+
+    budget: str
+    """Label of the budget."""
+    rank: int
+    """0 is the budget's best."""
+    plan: Plan
+    loss: float
+    """Fidelity loss as assembled, before recovery."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finalist with a schedule."""
+
+    finalist: Finalist
+    number: int
+    """Of the schedule, among the finalist's."""
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """A candidate on its way to the end of a tier."""
+
+    candidate: Candidate
+    tier: int
+
+
+Outcome = Callable[[Candidate, int], RecoveryOutcome | None]
+"""What a candidate had come to at the end of a tier; None while it has not."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How many go how far."""
+
+    finalists: int
+    """Plans that enter the first tier; more are let in when the scores as assembled mislead."""
+    schedules: int
+    """For each of them."""
+    tiers: int
+    """Recovery is measured so often."""
+    keep: float
+    """Part of a tier's candidates that goes on, at least one."""
+    widen: float
+    """Rank correlation of two tiers below which as many again go on from the lower."""
+
+    def promoted(self, count: int) -> int:
+        """Of so many candidates, how many go on."""
+        return max(1, round(count * self.keep))
+
+
+def climbers(
+    ranked: Sequence[tuple[Item, float]],
+    above: Callable[[Item], tuple[bool, float | None]],
+    width: int,
+    widen: float,
+) -> list[Item]:
+    """The items of a tier that go on to the next.
+
+    Given their losses in this one, ascending, and what is known of them above: whether they have
+    come to the end there, and their loss. `width` of them go on; as many again whenever all that
+    did have failed, and once when the tiers rank them differently (`widen`).
+    """
+    going = min(width, len(ranked))
+    while going < len(ranked):
+        known = [(loss, *above(item)) for item, loss in ranked[:going]]
+        if not all(ended for _, ended, _ in known):
+            break
+        both = [(loss, found) for loss, _, found in known if found is not None]
+        rho = rank_correlation([lower for lower, _ in both], [upper for _, upper in both])
+        misled = rho is not None and rho < widen and going == width
+        if both and not misled:
+            break
+        going = min(going + width, len(ranked))
+    return [item for item, _ in ranked[:going]]
+
+
+class Lane:
+    """The schedules of one finalist, each proposed by Optuna from how those before it did in the
+    first tier."""
+
+    def __init__(
+        self, finalist: Finalist, space: ScheduleSpace, count: int, seed: int, last: bool
+    ) -> None:
+        """`last`: whether the first tier is also the last."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.finalist, self.count = finalist, count
+        self._space, self._seed, self._last = space, seed, last
+        self._study = optuna.create_study(direction="minimize")
+        self._study.enqueue_trial(space.middle())
+        self._asked: optuna.Trial | None = None
+        self.candidates: list[Candidate] = []
+        """Proposed so far."""
+
+    def advance(self, outcome: Outcome) -> None:
+        """Proposes as far as outcomes are known."""
+        while True:
+            if self._asked is not None:
+                found = outcome(self.candidates[-1], 0)
+                if found is None:
+                    return
+                self._tell(found)
+            if len(self.candidates) == self.count:
+                return
+            self._propose()
+
+    def ended(self, outcome: Outcome) -> bool:
+        """Whether all schedules have come to the end of the first tier."""
+        self.advance(outcome)
+        return len(self.candidates) == self.count and self._asked is None
+
+    def _propose(self) -> None:
+        number = len(self.candidates)
+        mixed = digest_json([self._seed, self.finalist.budget, self.finalist.rank, number])
+        self._study.sampler = make_sampler("tpe", seed=int(mixed[:8], 16), startup=3)
+        self._asked = self._study.ask()
+        choice: dict[str, float] = {}
+        for name, (low, high) in self._space.ranges().items():
+            if isinstance(low, int) and isinstance(high, int):
+                choice[name] = self._asked.suggest_int(name, low, high, log=True)
+            else:
+                choice[name] = self._asked.suggest_float(name, low, high, log=True)
+        schedule = self._space.schedule(choice)
+        self.candidates.append(Candidate(self.finalist, number, schedule))
+
+    def _tell(self, outcome: RecoveryOutcome) -> None:
+        from optuna.trial import TrialState
+
+        assert self._asked is not None
+        if outcome.fidelity_loss is None:
+            self._study.tell(self._asked, state=TrialState.FAIL)
+        elif self._last:
+            self._study.tell(self._asked, outcome.fidelity_loss)
+        else:
+            # Whatever becomes of it later, what the sampler is told was measured on the way.
+            self._asked.report(outcome.fidelity_loss, outcome.steps)
+            self._study.tell(self._asked, state=TrialState.PRUNED)
+        self._asked = None
+
+
+class Race:
+    """The candidates of one budget."""
+
+    def __init__(
+        self,
+        finalists: Sequence[Finalist],
+        rules: Rules,
+        space: ScheduleSpace,
+        seed: int,
+        outcome: Outcome,
+    ) -> None:
+        """`finalists`, best first, may be more than `rules` lets in; the others are a reserve."""
+        self.budget = finalists[0].budget
+        self._rules, self._outcome = rules, outcome
+        self._count = min(rules.finalists, len(finalists)) * rules.schedules
+        # A tier that would stop nobody is not worth a halt.
+        halts = rules.promoted(self._count) < self._count
+        self.tiers: tuple[int, ...] = tuple(range(0 if halts else rules.tiers - 1, rules.tiers))
+        """Numbers of the tiers that are run, of those there are."""
+        self._lanes = [
+            Lane(f, space, rules.schedules, seed, len(self.tiers) == 1) for f in finalists
+        ]
+        self._taken: set[Run] = set()
+
+    @property
+    def total(self) -> int:
+        """How many runs there will be unless a tier is widened; never fewer than there are."""
+        count, planned = self._count, 0
+        for _ in self.tiers:
+            planned += count
+            count = self._rules.promoted(count)
+        return max(planned, len(self._runs()))
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """Those proposed so far, lane by lane."""
+        return [c for lane in self._entered() for c in lane.candidates]
+
+    @property
+    def ended(self) -> list[Run]:
+        """The runs that have an outcome."""
+        return [run for run in self._runs() if self._of(run) is not None]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to run."""
+        return len(self.ended) == len(self._runs())
+
+    @property
+    def best(self) -> float | None:
+        """Lowest fidelity loss so far."""
+        found = [self._of(run) for run in self._runs()]
+        losses = [o.fidelity_loss for o in found if o and o.fidelity_loss is not None]
+        return min(losses, default=None)
+
+    def waiting(self) -> Run | None:
+        """The next run that may start, if any."""
+        free = (r for r in self._runs() if r not in self._taken and self._of(r) is None)
+        return next(free, None)
+
+    def take(self, run: Run) -> None:
+        """Someone has begun it."""
+        self._taken.add(run)
+
+    def outcomes(self, candidate: Candidate) -> list[tuple[int, RecoveryOutcome]]:
+        """What a candidate came to, tier by tier."""
+        found = ((tier, self._outcome(candidate, tier)) for tier in self.tiers)
+        return [(tier, outcome) for tier, outcome in found if outcome is not None]
+
+    def _of(self, run: Run) -> RecoveryOutcome | None:
+        return self._outcome(run.candidate, run.tier)
+
+    def _runs(self) -> list[Run]:
+        """All that are due by what is known, tier by tier."""
+        first = [c for lane in self._entered() for c in lane.candidates]
+        runs = [Run(candidate, self.tiers[0]) for candidate in first]
+        if not all(lane.ended(self._first) for lane in self._entered()):
+            return runs
+        entrants = first
+        for lower, upper in zip(self.tiers, self.tiers[1:], strict=False):
+            ranked = self._ranked(entrants, lower)
+            entrants = climbers(
+                ranked,
+                partial(self._known, tier=upper),
+                self._rules.promoted(len(entrants)),
+                self._rules.widen,
+            )
+            runs += [Run(candidate, upper) for candidate in entrants]
+            if any(self._outcome(candidate, upper) is None for candidate in entrants):
+                break
+        return runs
+
+    def _entered(self) -> list[Lane]:
+        """The lanes of the finalists that are in the race, advanced as far as they can be."""
+        assembled = [(lane, lane.finalist.loss) for lane in self._lanes]
+        lanes = climbers(assembled, self._came, self._rules.finalists, self._rules.widen)
+        for lane in lanes:
+            lane.advance(self._first)
+        return lanes
+
+    def _came(self, lane: Lane) -> tuple[bool, float | None]:
+        """Whether a lane has ended its first tier, and its lowest loss there."""
+        losses = [loss for _, loss in self._ranked(lane.candidates, self.tiers[0])]
+        return lane.ended(self._first), min(losses, default=None)
+
+    def _known(self, candidate: Candidate, tier: int) -> tuple[bool, float | None]:
+        outcome = self._outcome(candidate, tier)
+        return outcome is not None, outcome.fidelity_loss if outcome else None
+
+    def _ranked(self, candidates: Sequence[Candidate], tier: int) -> list[tuple[Candidate, float]]:
+        """Those that came to the end of a tier, best first."""
+        found = [(c, self._known(c, tier)[1]) for c in candidates]
+        return sorted(((c, loss) for c, loss in found if loss is not None), key=lambda p: p[1])
+
+    def _first(self, candidate: Candidate, _: int) -> RecoveryOutcome | None:
+        return self._outcome(candidate, self.tiers[0])

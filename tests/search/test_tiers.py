@@ -1,0 +1,185 @@
+"""Who is measured when and who goes on, with invented losses in place of recoveries."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from search.tiers import Candidate, Finalist, Race, Rules, Run, climbers
+from trainers.schedule import PhaseSpace, Schedule, ScheduleSpace
+from trainers.students.plan import BlockPlan, Plan
+from trainers.worker import RecoveryOutcome
+
+SPACE = ScheduleSpace(
+    phases=(
+        PhaseSpace(loss="span", steps=(10, 40), lr=(1e-4, 1e-2)),
+        PhaseSpace(loss="velocity", train="all", steps=30, lr=(1e-4, 1e-2)),
+    )
+)
+PLAN = Plan(family="qwen_image", teacher_blocks=2, blocks=(BlockPlan(span=(0, 1)),))
+TIERS = (0.25, 1.0)
+
+Losses = Callable[[int, int, int], float | None]
+"""By rank of the finalist, number of its schedule, and tier; None fails."""
+
+
+def finalists(count: int) -> list[Finalist]:
+    return [Finalist("half", rank, PLAN, 0.5 + 0.1 * rank) for rank in range(count)]
+
+
+@dataclass
+class Bench:
+    """Stands in for Ray and the store."""
+
+    losses: Losses
+    rules: Rules
+    finalists: int = 1
+    outcomes: dict[tuple[Candidate, int], RecoveryOutcome] = field(default_factory=dict)
+    ran: list[tuple[int, int, int]] = field(default_factory=list)
+    """Rank, number and tier of what ran, in order of ending."""
+
+    def race(self, seed: int = 0) -> Race:
+        return Race(finalists(self.finalists), self.rules, SPACE, seed, self.outcome)
+
+    def outcome(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
+        return self.outcomes.get((candidate, tier))
+
+    def end(self, run: Run) -> None:
+        candidate = run.candidate
+        place = (candidate.finalist.rank, candidate.number, run.tier)
+        loss = self.losses(*place)
+        steps = round(TIERS[run.tier - self.rules.tiers] * candidate.schedule.steps)
+        self.outcomes[candidate, run.tier] = RecoveryOutcome(
+            fidelity_loss=loss,
+            failed="not finite" if loss is None else None,
+            seconds=1.0,
+            steps=steps,
+        )
+        self.ran.append(place)
+
+    def run(self, race: Race, most: int = 99, at_once: int = 1, order: int = 0) -> Race:
+        """Runs what waits, `at_once` side by side, ending in a random order."""
+        chance, running = random.Random(order), list[Run]()
+        while most > 0 and not race.done:
+            while len(running) < at_once and (run := race.waiting()) is not None:
+                race.take(run)
+                running.append(run)
+            self.end(running.pop(chance.randrange(len(running))))
+            most -= 1
+        return race
+
+
+def schedules(race: Race) -> list[Schedule]:
+    return [candidate.schedule for candidate in race.candidates]
+
+
+def one_tier(count: int, **rules: float) -> Rules:
+    return Rules(**{"finalists": 1, "schedules": count, "tiers": 1, "keep": 1, "widen": -1} | rules)  # type: ignore[arg-type]
+
+
+def two_tiers(finalists: int, schedules: int, keep: float = 0.34, widen: float = -1) -> Rules:
+    return Rules(finalists, schedules, 2, keep, widen)
+
+
+def test_a_finalist_s_first_schedule_is_in_the_middle_and_all_are_within_the_ranges() -> None:
+    bench = Bench(lambda *_: 0.3, one_tier(5))
+    tried = schedules(bench.run(bench.race()))
+    assert tried[0] == SPACE.schedule(SPACE.middle())
+    assert len({schedule.model_dump_json() for schedule in tried}) == 5
+    assert all(10 <= s.phases[0].steps <= 40 and s.phases[1].steps == 30 for s in tried)
+
+
+def test_races_of_other_seeds_explore_elsewhere() -> None:
+    bench = Bench(lambda *_: 0.3, one_tier(2))
+    one = schedules(bench.run(bench.race(seed=1)))
+    two = schedules(bench.run(bench.race(seed=2)))
+    assert one[0] == two[0]
+    assert one[1] != two[1]
+
+
+def test_only_the_best_of_a_tier_go_on() -> None:
+    bench = Bench(lambda _, number, tier: [0.3, 0.1, 0.2][number] / (tier + 1), two_tiers(1, 3))
+    race = bench.run(bench.race())
+    assert sorted(bench.ran) == [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0)]
+    assert race.best == 0.05
+    assert [tier for tier, _ in race.outcomes(race.candidates[1])] == [0, 1]
+    assert [tier for tier, _ in race.outcomes(race.candidates[0])] == [0]
+
+
+def test_a_tier_that_would_stop_nobody_is_skipped() -> None:
+    bench = Bench(lambda *_: 0.3, two_tiers(1, 1))
+    bench.run(bench.race())
+    assert bench.ran == [(0, 0, 1)]
+
+
+def test_a_failed_run_does_not_stop_its_race() -> None:
+    bench = Bench(lambda _, number, tier: None if number == 0 else 0.2, one_tier(2))
+    race = bench.run(bench.race())
+    assert race.done
+    assert race.best == 0.2
+
+
+def test_when_all_that_went_on_failed_the_next_best_go_on() -> None:
+    def losses(_: int, number: int, tier: int) -> float | None:
+        return None if tier == 1 and number < 2 else 0.1 * (number + 1)
+
+    bench = Bench(losses, two_tiers(1, 4, keep=0.25))
+    race = bench.run(bench.race())
+    assert [place for place in bench.ran if place[2] == 1] == [(0, 0, 1), (0, 1, 1), (0, 2, 1)]
+    assert race.best == pytest.approx(0.1)
+
+
+def test_a_tier_that_ranks_differently_from_the_next_is_widened_once() -> None:
+    def losses(_: int, number: int, tier: int) -> float:
+        return 0.1 + 0.01 * (number if tier == 0 else -number)
+
+    def went_on(widen: float) -> int:
+        bench = Bench(losses, two_tiers(1, 9, keep=1 / 3, widen=widen))
+        bench.run(bench.race())
+        return sum(tier == 1 for _, _, tier in bench.ran)
+
+    assert went_on(-1) == 3
+    assert went_on(0.4) == 6
+
+
+def test_more_finalists_come_in_when_their_scores_as_assembled_mislead() -> None:
+    def entered(slope: float) -> set[int]:
+        bench = Bench(
+            lambda rank, _, tier: 0.2 + slope * rank, two_tiers(3, 1, widen=0.4), finalists=6
+        )
+        bench.run(bench.race())
+        return {rank for rank, _, _ in bench.ran}
+
+    assert entered(0.01) == {0, 1, 2}
+    assert entered(-0.01) == {0, 1, 2, 3, 4, 5}
+
+
+@given(st.integers(0, 200), st.integers(1, 5), st.integers(0, 20))
+def test_a_race_is_the_same_however_many_run_at_once_and_wherever_it_is_cut_off(
+    seed: int, at_once: int, cut: int
+) -> None:
+    def losses(rank: int, number: int, tier: int) -> float | None:
+        drawn = random.Random(f"{seed} {rank} {number} {tier}").random()
+        return None if drawn < 0.2 else drawn
+
+    rules = two_tiers(3, 3, keep=0.4, widen=0.4)
+    plain = Bench(losses, rules, finalists=6)
+    wanted = plain.run(plain.race())
+    bench = Bench(losses, rules, finalists=6)
+    bench.run(bench.race(), most=cut, at_once=at_once, order=seed)
+    again = bench.run(bench.race(), at_once=at_once, order=seed + 1)
+    assert again.candidates == wanted.candidates
+    assert sorted(bench.ran) == sorted(plain.ran)
+    assert wanted.total == len(plain.ran)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9, unique=True), st.integers(1, 4))
+def test_climbers_are_the_best_of_their_tier(losses: list[float], width: int) -> None:
+    ranked = sorted(enumerate(losses), key=lambda pair: pair[1])
+    going = climbers(ranked, lambda _: (False, None), width, 0.4)
+    assert going == [item for item, _ in ranked[:width]]
