@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from search.pareto import best_within, pareto_front
 from search.proposals import Origin, Proposal, Proposals, Start, Target
@@ -201,13 +209,15 @@ def save_trials(store: Store, prefix: str, trials: Sequence[Trial]) -> None:
 
 
 def load_trials(store: Store, prefix: str) -> list[Trial] | None:
-    """The trials of a finished search, or None."""
+    """The trials of a finished search; None without one, or when another version wrote it."""
     manifest = published(store, prefix)
     if manifest is None or TRIALS not in manifest.files:
         return None
     read = read_json(store, prefix, TRIALS, manifest)
-    assert isinstance(read, list)
-    return [Trial.model_validate(trial) for trial in read]
+    try:
+        return TypeAdapter(list[Trial]).validate_python(read)
+    except ValidationError:
+        return None
 
 
 def best_trials(trials: Sequence[Trial], limit: int, count: int = 1) -> list[Trial]:
