@@ -1,8 +1,9 @@
 """Scores plans on warm models: assembles a student from the library and measures its fidelity.
 
 Nothing is copied: a student is the teacher with some of its blocks taken from the library, run
-block by block. Plain torch; search/study.py puts it into Ray actors. Shapes: B batch, N image
-tokens, C latent channels of a packed token.
+block by block. Teacher, library and probe are mapped from files that a node fetches once, so on
+CPUs all scoring processes of a node share one copy. Plain torch; search/study.py puts it into Ray
+actors. Shapes: B batch, N image tokens, C latent channels of a packed token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pydantic import JsonValue
 from storage.digest import digest_json
 from storage.store import Store, StoreOptions, open_store
 from trainers.library.library import Library
-from trainers.probe import FidelityProbe, ProbeConfig, make_probe
+from trainers.probe import FidelityProbe, ProbeConfig, shared_probe
 from trainers.students.families.base import Family
 from trainers.students.plan import BlockPlan, Plan
 from trainers.teacher import Teacher
@@ -33,6 +34,8 @@ class Score(NamedTuple):
     """NaN when the student's velocity is."""
     seconds: float
     """To assemble and measure it."""
+    failed: str | None = None
+    """Why there is no number, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class Bench:
         store = open_store(self.url, self.options)
         model = self.teacher.transformer(device=self.device)
         latents = open_latents(store, self.encoding)
-        probe = make_probe(model, self.teacher.family, latents, self.probe, self.seed)
+        probe = shared_probe(
+            store, self.teacher, model, latents, self.encoding, self.probe, self.seed
+        )
         return Scorer(self.teacher, model, Library(store, dict(self.replacements)), probe, store)
 
 

@@ -10,6 +10,7 @@ also brings its cost to about 20 ms a trial.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import os
@@ -53,6 +54,12 @@ def quiet_tune() -> Iterator[None]:
                 os.environ[name] = value
 
 
+RETRIES = 2
+"""How often a plan whose process was lost is scored again, elsewhere."""
+
+LOST = f"its process was lost {RETRIES + 1} times, or hung for longer than search.timeout"
+
+
 class StatelessSearcher(Searcher):
     """A searcher of which Tune keeps nothing: what has ended is in our store, and replayed."""
 
@@ -86,6 +93,7 @@ class PlanSearcher(StatelessSearcher):
         self._scored = scored
         self._running: dict[str, Proposal] = {}
         self._waiting: Proposal | None = None
+        self._taken = 0
         self.error: str | None = None
 
     def stop(self, why: str) -> None:
@@ -119,13 +127,18 @@ class PlanSearcher(StatelessSearcher):
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
         proposal = self._running.pop(trial_id)
-        if error or result is None or result.get("broken"):
-            reason = (result or {}).get("broken") or "its process ended with an error"
-            self.stop(f"trial {proposal.number}: {reason}")
-            return
-        self._take(proposal, Score(result["fidelity_loss"], result["seconds"]))
+        if result is not None and "broken" in result:
+            self.stop(f"trial {proposal.number}: {result['broken']}")
+        elif error or result is None:
+            if self._taken:
+                self._take(proposal, Score(math.nan, 0.0, LOST))
+            else:  # not this plan's fault: nothing has been scored yet
+                self.stop(f"trial {proposal.number}: {LOST}")
+        else:
+            self._take(proposal, Score(result["fidelity_loss"], result["seconds"]))
 
     def _take(self, proposal: Proposal, score: Score) -> None:
+        self._taken += 1
         self._proposals.tell(proposal.number, score.fidelity_loss)
         self._scored(proposal, score)
 
@@ -136,8 +149,9 @@ class PlanSearcher(StatelessSearcher):
 class ScoringActor(tune.Trainable):
     """Scores one plan a trial; models stay loaded from trial to trial."""
 
-    def setup(self, config: dict[str, Any], bench: Bench) -> None:
-        self._bench = bench
+    def setup(self, config: dict[str, Any], bench: Bench, timeout: float) -> None:
+        """`timeout`: seconds after which a score, with what must be loaded for it, hangs."""
+        self._bench, self._timeout = bench, timeout
         self._plan = Plan.from_json(config["plan"])
         self._scorer: Scorer | None = None
 
@@ -146,6 +160,8 @@ class ScoringActor(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        # Ends this process, which Tune sees; then the plan is scored again by another.
+        faulthandler.dump_traceback_later(self._timeout, exit=True)
         try:
             self._scorer = self._scorer or self._bench.open()
             score = self._scorer.score(self._plan)
@@ -154,13 +170,15 @@ class ScoringActor(tune.Trainable):
         except EspalierError as error:
             # What the user can mend travels as a sentence; Tune would wrap it in its own trace.
             return {"broken": str(error), "done": True}
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         return {**score._asdict(), "done": True}
 
 
 def score_json(score: Score) -> bytes:
     """A score as it is stored; JSON has no NaN."""
     loss = score.fidelity_loss if math.isfinite(score.fidelity_loss) else None
-    return json.dumps({"fidelity_loss": loss, "seconds": score.seconds}).encode()
+    return json.dumps({**score._asdict(), "fidelity_loss": loss}).encode()
 
 
 def score_from_json(content: bytes) -> Score | None:
@@ -168,6 +186,7 @@ def score_from_json(content: bytes) -> Score | None:
     try:
         read = json.loads(content)
         loss = read["fidelity_loss"]
-        return Score(math.nan if loss is None else float(loss), float(read["seconds"]))
+        seconds = float(read["seconds"])
+        return Score(math.nan if loss is None else float(loss), seconds, read.get("failed"))
     except (ValueError, TypeError, KeyError):
         return None

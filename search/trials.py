@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -84,6 +85,10 @@ class SearchConfig(Section):
     workers there are: the search is the same on one worker and on eight. Fewer learns faster; it
     also bounds how many trials run side by side."""
 
+    timeout: PositiveFloat = 1800.0
+    """Seconds that scoring a plan may take, with the loading before a process's first. One that
+    takes longer hangs: its process is ended, and the plan is scored again by another."""
+
     probe: ProbeConfig = ProbeConfig()
     """On what plans are scored."""
 
@@ -107,6 +112,8 @@ class Trial(Section):
     seconds: float
     """Scoring time."""
     state: Literal["complete", "failed"] = "complete"
+    failed: str | None = None
+    """Why, in one sentence."""
 
 
 def library_space(teacher: Teacher, library: Library) -> Space:
@@ -141,7 +148,6 @@ def run_search(
     store: Store,
     prefix: str,
     *,
-    workers: int = 1,
     cpus: float = 1.0,
     gpus: float = 0.0,
     seed: int = 0,
@@ -152,12 +158,13 @@ def run_search(
     """Score plans until there are enough, `plans` among the first, and publish the trials under
     `prefix`.
 
-    Up to `workers` actors of `cpus` and `gpus` each score side by side. Scores found under
-    `bench.scores` are not made again. `log` shows the trials to others. Needs a running Ray; raises
-    SearchError with the cause when a plan could not be scored, or not logged. A score that is not a
-    number fails its trial alone.
+    Actors of `cpus` and `gpus` each score side by side, as many as the cluster has room for while
+    nodes come and go, up to `config.lag`. Scores found under `bench.scores` are not made again.
+    `log` shows the trials to others. Needs a running Ray; raises SearchError with the cause when a
+    plan could not be scored, or not logged. A score that is not a number fails its trial alone, and
+    so does a plan whose process is lost again and again.
     """
-    from search.study import PlanSearcher, score_from_json
+    from search.study import PlanSearcher, score_from_json, score_json
 
     progress = progress or silent()
     proposals = Proposals(
@@ -179,6 +186,9 @@ def run_search(
         return None if content is None else score_from_json(content)
 
     def scored(proposal: Proposal, score: Score) -> None:
+        if score.failed is not None and bench.key(proposal.plan) not in stored:
+            # No process lived to write it; a search that is resumed shall not try again.
+            store.write(bench.key(proposal.plan), score_json(score))
         trial = _trial(space, proposal, score)
         trials[trial.number] = trial
         if trial.fidelity_loss is not None:
@@ -194,7 +204,7 @@ def run_search(
     searcher = PlanSearcher(proposals, known, scored)
     cause = ""
     if searcher.advance():
-        cause = _tune(searcher, bench, config, min(workers, config.lag), cpus, gpus)
+        cause = _tune(searcher, bench, config, cpus, gpus)
     if searcher.error is not None:
         raise SearchError(f"search stopped: {searcher.error}{cause}")
     ordered = [trials[number] for number in sorted(trials)]
@@ -243,16 +253,15 @@ def agreement(trials: Sequence[Trial]) -> float | None:
     return rank_correlation([damage for damage, _ in whole], [loss for _, loss in whole])
 
 
-def _tune(
-    searcher: object, bench: Bench, config: SearchConfig, workers: int, cpus: float, gpus: float
-) -> str:
+def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpus: float) -> str:
     """Runs Tune to its end; the last line of the first trial's exception, or nothing."""
     from ray import tune
 
-    from search.study import ScoringActor, quiet_tune
+    from search.study import RETRIES, ScoringActor, quiet_tune
 
     trainable = tune.with_resources(
-        tune.with_parameters(ScoringActor, bench=bench), {"cpu": cpus, "gpu": gpus}
+        tune.with_parameters(ScoringActor, bench=bench, timeout=config.timeout),
+        {"cpu": cpus, "gpu": gpus},
     )
     with tempfile.TemporaryDirectory(prefix="espalier-tune-") as folder, quiet_tune():
         results = tune.Tuner(
@@ -260,7 +269,7 @@ def _tune(
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=config.trials,
-                max_concurrent_trials=workers,
+                max_concurrent_trials=config.lag,
                 reuse_actors=True,
                 trial_name_creator=_short,
                 trial_dirname_creator=_short,
@@ -270,7 +279,7 @@ def _tune(
                 storage_path=folder,
                 verbose=0,
                 # A lost machine's trials are scored again elsewhere.
-                failure_config=tune.FailureConfig(max_failures=2),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
                 # Tune would save a class trainable at its end; a scored plan has nothing to save.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
@@ -294,6 +303,7 @@ def _trial(space: Space, proposal: Proposal, score: Score) -> Trial:
         fidelity_loss=score.fidelity_loss if finite else None,
         seconds=score.seconds,
         state="complete" if finite else "failed",
+        failed=None if finite else score.failed or "its velocity is not a number",
     )
 
 

@@ -2,6 +2,7 @@
 
     encoded/DIGEST/                 latents and embeddings, by what they were encoded from
     analysis/DIGEST/                importance, CKA, nominated spans
+    probes/DIGEST/                  what fidelity is measured on, and the teacher's velocity there
     library/TEACHER/DIGEST/         one replacement, by span, variant and training
     sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
     studies/NAME.journal            a sweep's trials for optuna-dashboard; may be deleted
@@ -28,6 +29,11 @@ def encoded(digest: str) -> str:
 def analysis(digest: str) -> str:
     """What one analysis configuration found in one teacher on one encoding."""
     return f"analysis/{_name(digest)}"
+
+
+def probe(digest: str) -> str:
+    """The batches that fidelity is measured on, by teacher, encoding, size and seed."""
+    return f"probes/{_name(digest)}"
 
 
 def replacement(teacher: str, digest: str) -> str:

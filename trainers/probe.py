@@ -1,23 +1,37 @@
 """The fixed held-out batches on which every student's fidelity is measured.
 
+The teacher's velocity on them is worked out once and stored: every later process reads it, the
+processes of one machine from the same mapped file.
+
 Importing this needs no torch, so that a configuration can hold a `ProbeConfig`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import PositiveInt
+from pydantic import JsonValue, PositiveInt
 
+from storage import layout
+from storage.digest import digest_json
+from storage.errors import DamagedError, MissingKey
+from storage.manifest import publish, published
 from storage.section import Section
+from storage.store import Store
+from trainers.cache import local_copy
 from trainers.data.sources import DataError
 from trainers.students.families.base import Family, Inputs
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from trainers.data.latents import Latents
+    from trainers.teacher import Teacher
+
+TENSORS = "probe.safetensors"
+_PARTS = ("noisy_BNC", "timestep_B", "embeds_BMD", "mask_BM", "pooled_BP")
 
 
 class ProbeConfig(Section):
@@ -75,4 +89,67 @@ def make_probe(
             inputs = make_inputs(batch, torch.full((len(batch),), t), noise_BNC.to(batch.clean_BNC))
             with torch.no_grad():
                 chunks.append(ProbeChunk(inputs, family.forward(teacher, inputs)))
+    return FidelityProbe(tuple(chunks))
+
+
+def shared_probe(
+    store: Store,
+    teacher: Teacher,
+    model: nn.Module,
+    latents: Latents,
+    encoding: str,
+    config: ProbeConfig,
+    seed: int,
+) -> FidelityProbe:
+    """What `make_probe` gives for a teacher on the latents of an encoding; made by the process that
+    needs it first.
+
+    `model` is the teacher's transformer; the probe is on its device and in its dtype.
+    """
+    example = next(model.parameters())
+    made_from: JsonValue = {
+        "teacher": teacher.digest,
+        "encoding": encoding,
+        "probe": config.model_dump(mode="json"),
+        "seed": seed,
+        "dtype": str(example.dtype),
+    }
+    prefix = layout.probe(digest_json(made_from))
+    try:
+        return _load(store, prefix, example.device)
+    except (MissingKey, DamagedError):  # not there, or another process is just writing it
+        probe = make_probe(model, teacher.family, latents, config, seed)
+        _save(store, prefix, probe)
+        return probe
+
+
+def _save(store: Store, prefix: str, probe: FidelityProbe) -> None:
+    from storage.tensors import save_tensors
+
+    tensors: dict[str, Tensor] = {}
+    for number, chunk in enumerate(probe.chunks):
+        tensors[f"{number}.velocity_BNC"] = chunk.velocity_BNC
+        for part in _PARTS:
+            tensor = getattr(chunk.inputs, part)
+            if tensor is not None:
+                tensors[f"{number}.{part}"] = tensor
+    grids: list[JsonValue] = [list(chunk.inputs.grid) for chunk in probe.chunks]
+    publish(store, prefix, {TENSORS: save_tensors(tensors)}, {"grids": grids})
+
+
+def _load(store: Store, prefix: str, device: torch.device) -> FidelityProbe:
+    from storage.tensors import load_tensors
+
+    manifest = published(store, prefix)
+    if manifest is None:
+        raise MissingKey(f"{store.url}/{prefix}: no probe")
+    folder = local_copy(store, prefix, manifest)
+    tensors = load_tensors(folder / TENSORS, f"{store.url}/{prefix}/{TENSORS}")
+    grids: Any = manifest.meta["grids"]
+    chunks = []
+    for number, grid in enumerate(grids):
+        parts = {part: tensors.get(f"{number}.{part}") for part in _PARTS}
+        placed: Any = {k: None if t is None else t.to(device) for k, t in parts.items()}
+        inputs = Inputs(**placed, grid=tuple(grid))
+        chunks.append(ProbeChunk(inputs, tensors[f"{number}.velocity_BNC"].to(device)))
     return FidelityProbe(tuple(chunks))

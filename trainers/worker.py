@@ -115,7 +115,7 @@ def train_loop(config: dict[str, Any]) -> None:
     from trainers.distilled import Distilled, Observed
     from trainers.evaluate import fidelity_loss
     from trainers.library.library import Library
-    from trainers.probe import make_probe
+    from trainers.probe import shared_probe
     from trainers.recovery import (
         NanLossError,
         Position,
@@ -214,7 +214,9 @@ def train_loop(config: dict[str, Any]) -> None:
             weights = {name: t.to(dtype) for name, t in student_weights(held).items()}
             if job.shard_teacher:
                 whole_teacher = teacher.transformer(device=device)
-            probe = make_probe(whole_teacher, teacher.family, latents, job.probe, job.probe_seed)
+            probe = shared_probe(
+                store, teacher, whole_teacher, latents, job.encoding, job.probe, job.probe_seed
+            )
             recovered = _built(teacher, job.plan, weights, device)
             fidelity = fidelity_loss(recovered, teacher.family, probe)
             if not math.isfinite(fidelity):

@@ -53,8 +53,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         searched,
         sweep.store,
         layout.search(sweep.name),
-        workers=config.workers,
-        cpus=share.num_cpus,
+        # As many processors as it uses: how many actors there are then follows the cluster's room.
+        cpus=share.num_cpus if share.num_gpus else float(share.threads),
         gpus=share.num_gpus,
         seed=config.seed,
         plans=plans,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from search.proposals import Target
-from search.score import Bench
+from search.score import Bench, Score, Scorer
 from search.space import Space
 from search.trials import (
     SearchConfig,
@@ -31,7 +34,7 @@ from trainers.data.shards import EncodedMeta, shard_prefix
 from trainers.evaluate import fidelity_loss
 from trainers.library.library import TENSORS, Library, ReplacementMeta
 from trainers.probe import ProbeConfig, make_probe
-from trainers.students.plan import BlockPlan
+from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
 from trainers.teacher import Teacher
 
@@ -108,9 +111,7 @@ def targets(space: Space) -> list[Target]:
 def trials(
     ray: None, space: Space, targets: list[Target], bench: Bench, store: Store
 ) -> list[Trial]:
-    return run_search(
-        space, targets, bench, CONFIG, store, "sweeps/one/search", workers=2, cpus=0.5
-    )
+    return run_search(space, targets, bench, CONFIG, store, "sweeps/one/search", cpus=1.0)
 
 
 def test_scores_what_the_assembled_student_has(
@@ -124,6 +125,35 @@ def test_scores_what_the_assembled_student_has(
         assert sum(p.numel() for p in student.parameters()) == trial.parameters
         loss = fidelity_loss(student, teacher.family, probe)
         assert trial.fidelity_loss == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -> None:
+    scorer = bench.open()
+    for block, _ in bench.replacements:
+        scorer.score(plan_around(block))
+    opened = bench.open()  # another process, to all intents: the first one made the probe
+    opened.score(plan_around(bench.replacements[0][0]))
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [
+        range(*(int(end, 16) for end in line[0].split("-")))
+        for line in lines
+        if line[-1].endswith(".safetensors")
+    ]
+    weights = {
+        "teacher": next(iter(opened._model.parameters())),
+        "library": next(iter(next(iter(opened._loaded.values())).parameters())),
+        "probe": opened._probe.chunks[0].velocity_BNC,
+    }
+    for name, tensor in weights.items():
+        assert any(tensor.data_ptr() in place for place in mapped), name
+
+
+def plan_around(block: BlockPlan) -> Plan:
+    first, last = block.span
+    alone = [BlockPlan(span=(i, i)) for i in range(6) if not first <= i <= last]
+    blocks = tuple(sorted([*alone, block], key=lambda b: b.span))
+    return Plan(family="qwen_image", teacher_blocks=6, blocks=blocks)
 
 
 def test_trials_are_published_in_order(trials: list[Trial], store: Store) -> None:
@@ -166,9 +196,7 @@ def test_a_cut_off_search_scores_only_what_is_missing(
     kept = {key: store.read(key).read() for key in store.keys(bench.scores)}
     for key in lost:
         store.remove(key)
-    again = run_search(
-        space, targets, bench, CONFIG, store, "sweeps/two/search", workers=1, cpus=0.5
-    )
+    again = run_search(space, targets, bench, CONFIG, store, "sweeps/two/search", cpus=2.0)
     assert [t.plan for t in again] == [t.plan for t in trials]
     assert [t.fidelity_loss for t in again] == pytest.approx([t.fidelity_loss for t in trials])
     now = {key: store.read(key).read() for key in store.keys(bench.scores)}
@@ -186,13 +214,12 @@ def test_a_replacement_that_gives_nan_fails_its_trials_alone(
     meta = ReplacementMeta(block=block, damage=0.1).model_dump(mode="json")
     publish(store, "library/t/nan", {TENSORS: save_tensors(tensors)}, meta)
     broken = replace(bench, replacements=((block, "library/t/nan"), *others))
-    trials = run_search(
-        space, targets, broken, CONFIG, store, "sweeps/three/search", workers=2, cpus=0.5
-    )
+    trials = run_search(space, targets, broken, CONFIG, store, "sweeps/three/search", cpus=1.0)
     for trial in trials:
         failed = block in trial.plan.blocks
         assert trial.state == ("failed" if failed else "complete")
         assert (trial.fidelity_loss is None) == failed
+        assert trial.failed == ("its velocity is not a number" if failed else None)
     assert {trial.state for trial in trials} == {"failed", "complete"}
     assert len(trials) == CONFIG.trials
 
@@ -203,4 +230,37 @@ def test_a_missing_replacement_ends_the_search_with_its_name(
     (block, _), *others = bench.replacements
     broken = replace(bench, replacements=((block, "library/t/gone"), *others))
     with pytest.raises(SearchError, match="library/t/gone"):
-        run_search(space, targets, broken, CONFIG, store, "sweeps/four/search", cpus=0.5)
+        run_search(space, targets, broken, CONFIG, store, "sweeps/four/search")
+
+
+class Hanging(Bench):
+    """Hangs over the plans that have a certain block."""
+
+    victim = BlockPlan(span=(0, 1), start="library")
+
+    def open(self) -> Scorer:
+        scorer = super().open()
+        score = scorer.score
+
+        def stuck(plan: Plan) -> Score:
+            if self.victim in plan.blocks:
+                threading.Event().wait()
+            return score(plan)
+
+        scorer.score = stuck  # type: ignore[method-assign]
+        return scorer
+
+
+@pytest.mark.slow
+def test_a_plan_that_hangs_fails_alone_and_stays_failed(
+    ray: None, space: Space, targets: list[Target], bench: Bench, store: Store
+) -> None:
+    hanging = Hanging(**{f.name: getattr(bench, f.name) for f in fields(bench)} | {"scores": "h"})
+    config = CONFIG.model_copy(update={"trials": 6, "timeout": 25.0})
+    trials = run_search(space, targets, hanging, config, store, "sweeps/five/search", cpus=1.0)
+    assert len(trials) == 6
+    for trial in trials:
+        assert (trial.failed is not None) == (Hanging.victim in trial.plan.blocks)
+    assert any(trial.failed for trial in trials)
+    again = run_search(space, targets, hanging, config, store, "sweeps/six/search", cpus=1.0)
+    assert again == trials

@@ -23,7 +23,7 @@ from trainers.library.library import (
     replacement_prefix,
 )
 from trainers.placement import Accelerator, Share, share_of
-from trainers.probe import FidelityProbe, ProbeConfig, make_probe
+from trainers.probe import FidelityProbe, ProbeConfig, shared_probe
 from trainers.progress import Progress, silent
 from trainers.students.plan import BlockPlan
 from trainers.teacher import Teacher
@@ -187,8 +187,8 @@ class LibraryWorker:
         self._family = teacher.family
         self._teacher = teacher.transformer(device=share.device)
         self._latents: Latents = open_latents(self._store, encoding)
-        self._probe: FidelityProbe = make_probe(
-            self._teacher, self._family, self._latents, probe, seed
+        self._probe: FidelityProbe = shared_probe(
+            self._store, teacher, self._teacher, self._latents, encoding, probe, seed
         )
         self._done = 0
 
