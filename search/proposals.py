@@ -1,4 +1,5 @@
-"""Which plan to score next: the known starting points, then Optuna's proposals.
+"""Which plan to score next: the known starting points, then in turn what the scored plans teach
+the exact solver (search/surrogate.py) and what Optuna proposes.
 
 Deterministic: trial n is proposed from the seed and from the results of the trials up to
 n − `lag`, told in order of number, and from nothing else. Results that arrive early wait. So the
@@ -11,15 +12,23 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from search.samplers import Sampler, make_sampler
 from search.space import Space
+from search.surrogate import Surrogate
 from trainers.students.plan import Plan
 
-Origin = Literal["exact", "uniform", "ppcl", "amber", "influence", "given"] | Sampler
-"""Who proposed a plan: the exact solver, a rule (search/rules.py), the user, or a sampler."""
+Origin = (
+    Literal["exact", "corrected", "uniform", "ppcl", "amber", "influence", "earlier", "given"]
+    | Sampler
+)
+"""Who proposed a plan: the exact solver by the pieces' own damages or by corrected ones, a rule
+(search/rules.py), an earlier sweep, the user, or a sampler."""
+
+_CORRECTED = 4
+"""Best plans by corrected damages among which a new one is looked for."""
 
 _STEPS_AWAY = 16
 """Points tried, ever farther from the one that Optuna drew, while they only give plans that were
@@ -48,6 +57,8 @@ class Proposal:
     """Label of the budget it is made for."""
     origin: Origin
     plan: Plan
+    expected: float | None
+    """Its fidelity loss by the surrogate, as far as results were known; None before any were."""
 
 
 class Proposals:
@@ -84,6 +95,8 @@ class Proposals:
             target.label: optuna.create_study(directions=["minimize", "minimize"])
             for target in targets
         }
+        self._surrogates = {target.label: Surrogate(space.pieces) for target in targets}
+        self._drawn_last = dict.fromkeys(self.studies, False)
         self._starts = self._starting_points(exact, plans)
         self._asked: list[Proposal] = []
         self._drawn: dict[int, Mapping[str, Any]] = {}
@@ -145,6 +158,21 @@ class Proposals:
 
     def _propose(self, target: Target) -> Proposal | None:
         """A plan not seen before within the target's limit; None when there is none left."""
+        drawn_last = self._drawn_last[target.label]
+        self._drawn_last[target.label] = not drawn_last
+        corrected = self._corrected(target) if drawn_last else None
+        return corrected or self._draw(target)
+
+    def _corrected(self, target: Target) -> Proposal | None:
+        """The first of the best few plans by corrected damages that was not seen before."""
+        space = replace(self._space, pieces=self._surrogates[target.label].pieces())
+        for plan in space.exact(target.limit, _CORRECTED):
+            if plan.digest not in self._seen:
+                return self._proposed(target.label, "corrected", plan)
+        return None
+
+    def _draw(self, target: Target) -> Proposal | None:
+        """Optuna's proposal, or what lies near it or next in the solver's order."""
         import optuna
 
         study = self.studies[target.label]
@@ -167,7 +195,8 @@ class Proposals:
         return None
 
     def _proposed(self, budget: str, origin: Origin, plan: Plan) -> Proposal:
-        proposal = Proposal(len(self._asked), budget, origin, plan)
+        expected = self._surrogates[budget].damage(plan)
+        proposal = Proposal(len(self._asked), budget, origin, plan, expected)
         self._asked.append(proposal)
         self._seen.add(plan.digest)
         return proposal
@@ -190,6 +219,8 @@ class Proposals:
                 system_attrs=dict(self._drawn.get(proposal.number, {})),
             )
             self.studies[proposal.budget].add_trial(result)
+            if loss > 0:
+                self._surrogates[proposal.budget].learn(proposal.plan, loss)
 
 
 def _moved(hold: float, rng: random.Random, distance: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
@@ -107,6 +107,9 @@ class Trial(Section):
     """Of the whole student."""
     damage: NonNegativeFloat
     """Summed damage of its blocks, each alone in the teacher: what the exact solver goes by."""
+    expected: float | None
+    """Its fidelity loss as the trials before it let expect, see search/surrogate.py; none before
+    there were any."""
     fidelity_loss: float | None = Field(ge=0)
     """None when it was not a number."""
     seconds: float
@@ -249,8 +252,21 @@ def complete(trials: Sequence[Trial]) -> list[Trial]:
 
 def agreement(trials: Sequence[Trial]) -> float | None:
     """Rank correlation of summed damage and measured fidelity loss, see rank_correlation."""
-    whole = [(t.damage, t.fidelity_loss) for t in trials if t.fidelity_loss is not None]
-    return rank_correlation([damage for damage, _ in whole], [loss for _, loss in whole])
+    return _agreement(trials, lambda trial: trial.damage)
+
+
+def corrected_agreement(trials: Sequence[Trial]) -> tuple[float, float] | None:
+    """Of the trials of which something was expected before they were scored: the rank correlation
+    of summed damage and measured loss, and that of what was expected; None without one."""
+    known = [trial for trial in trials if trial.expected is not None]
+    before = _agreement(known, lambda trial: trial.damage)
+    after = _agreement(known, lambda trial: trial.expected or 0.0)
+    return None if before is None or after is None else (before, after)
+
+
+def _agreement(trials: Sequence[Trial], guess: Callable[[Trial], float]) -> float | None:
+    whole = [(guess(t), t.fidelity_loss) for t in trials if t.fidelity_loss is not None]
+    return rank_correlation([guessed for guessed, _ in whole], [loss for _, loss in whole])
 
 
 def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpus: float) -> str:
@@ -300,6 +316,7 @@ def _trial(space: Space, proposal: Proposal, score: Score) -> Trial:
         plan=proposal.plan,
         parameters=space.parameters(proposal.plan),
         damage=space.damage(proposal.plan),
+        expected=proposal.expected,
         fidelity_loss=score.fidelity_loss if finite else None,
         seconds=score.seconds,
         state="complete" if finite else "failed",

@@ -16,6 +16,7 @@ from search.trials import (
     Trial,
     agreement,
     best_trials,
+    corrected_agreement,
     library_space,
     load_trials,
     plan_space,
@@ -70,13 +71,17 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     failed = sum(trial.state == "failed" for trial in trials)
     said = f"{len(trials)} plans scored" + (f", {failed} failed" if failed else "")
     ranks: dict[str, JsonValue] = {}
+    each: list[str] = []
     for label in sweep.limits:
-        found = agreement([trial for trial in trials if trial.budget == label])
+        mine = [trial for trial in trials if trial.budget == label]
+        found, corrected = agreement(mine), corrected_agreement(mine)
         if found is not None:
             ranks[label] = round(found, 2)
+            each.append(f"{label} {found:.2f}")
+            if corrected is not None:
+                each[-1] += f" (later ones {corrected[0]:.2f}, corrected {corrected[1]:.2f})"
     if ranks:
-        each = ", ".join(f"{label} {found}" for label, found in ranks.items())
-        said += f"; summed damage ranks them as measured (Spearman): {each}"
+        said += f"; summed damage ranks them as measured (Spearman): {', '.join(each)}"
     return Outcome(
         said, {"trials": len(trials), "failed": failed, "agreement": ranks, "study": study}
     )

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from search.proposals import Proposal, Proposals, Start, Target
+from search.ranks import rank_correlation
 from search.samplers import POPULATION, SAMPLERS, Sampler
 from search.solver import Piece
 from search.space import Space, candidates
@@ -84,7 +85,17 @@ def test_starts_from_the_exact_and_the_given_plans(
         ("50pct", "exact"), ("70pct", "exact"), ("50pct", "uniform"), ("70pct", "uniform"),
     ]  # fmt: skip
     assert [p.plan for p in alone[:2]] == [space.exact(t.limit)[0] for t in TARGETS]
-    assert {p.origin for p in alone[6:]} >= {sampler}
+    assert {p.origin for p in alone[6:]} >= {sampler, "corrected"}
+
+
+def test_what_was_measured_moves_what_is_expected(space: Space, alone: list[Proposal]) -> None:
+    assert [p.expected for p in alone[:4]] == [None] * 4
+    later = [p for p in alone if p.expected is not None]
+    assert len(later) > 12
+    whole = [(p.expected or 0.0, loss_of(space, p)) for p in later if p.number % 7 != 3]
+    rho = rank_correlation([guess for guess, _ in whole], [loss for _, loss in whole])
+    assert rho is not None
+    assert rho > 0.5
 
 
 def test_every_plan_fits_its_budget_and_comes_once(space: Space, alone: list[Proposal]) -> None:

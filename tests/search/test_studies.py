@@ -43,6 +43,7 @@ def trial(number: int, loss: float | None = 0.25) -> Trial:
         plan=PLANS[number],
         parameters=SPACE.parameters(PLANS[number]),
         damage=SPACE.damage(PLANS[number]),
+        expected=None,
         fidelity_loss=loss,
         seconds=0.1,
         state="failed" if loss is None else "complete",
