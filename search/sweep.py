@@ -108,7 +108,7 @@ class Sweep:
             self.config.library.training,
             {"replacements": self.config.analyse.replacements, "limits": self.limits},
             self.config.search.model_dump(
-                include={"exact", "rules", "noise_power", "least_cka", "next_interval"}
+                include={"exact", "rules", "earlier", "noise_power", "least_cka", "next_interval"}
             ),
             self.config.seed,
         )

@@ -59,6 +59,10 @@ class SearchConfig(Section):
     """Rules whose plans each budget starts with too: `uniform`, `ppcl`, `amber`, or `influence`
     (ShortGPT). A rule that does not reach a budget is left out there."""
 
+    earlier: NonNegativeInt = 1
+    """How many plans each budget starts with that other sweeps of the same teacher published to the
+    same storage: the best that fit it."""
+
     noise_power: NonNegativeFloat = 1.0
     """Of Amber's rule: a timestep, 1 at pure noise, counts itself to this power; 0 weighs all
     alike."""

@@ -309,6 +309,17 @@ def load_student(
     return _built(teacher, plan, weights, device), plan
 
 
+def stored_plan(store: Store, prefix: str) -> Plan | None:
+    """The plan of the student under `prefix`, or None when it is gone."""
+    from storage.errors import MissingKey
+    from storage.manifest import read_bytes
+
+    try:
+        return Plan.from_json(read_bytes(store, prefix, PLAN), f"{store.url}/{prefix}/{PLAN}")
+    except MissingKey:
+        return None
+
+
 def read_outcome(store: Store, prefix: str) -> RecoveryOutcome | None:
     """What the job with this prefix ended with, or None while it has not."""
     from storage.manifest import published

@@ -10,16 +10,19 @@ from search.proposals import Start
 from search.rules import RULES, Ground
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
+from storage.registry import entries, rank
 from trainers.library.workers import train_library
 from trainers.progress import Progress
-from trainers.students.plan import BlockPlan
+from trainers.students.plan import BlockPlan, Plan
+from trainers.worker import stored_plan
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
     config = sweep.config
+    earlier = earlier_plans(sweep)
     report = train_library(
         sweep.teacher,
-        nominated(sweep),
+        nominated(sweep, earlier),
         sweep.store,
         sweep.encoded_prefix,
         config.library,
@@ -41,12 +44,14 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             "replacements": [
                 [block.model_dump(mode="json"), prefix] for block, prefix in report.prefixes.items()
             ],
+            # What later sweeps publish must not change this one when it is resumed.
+            "earlier": [[label, plan.model_dump(mode="json")] for label, _, plan in earlier],
         },
     )
 
 
-def nominated(sweep: Sweep) -> list[BlockPlan]:
-    """The replacements that the library of this sweep holds."""
+def nominated(sweep: Sweep, earlier: Sequence[Start] = ()) -> list[BlockPlan]:
+    """The replacements that the library of this sweep holds; those of `earlier` plans too."""
     if sweep.config.plan is not None:
         return [block for block in sweep.config.plan.blocks if block.start == "library"]
     analysis = read_analysis(sweep)
@@ -59,7 +64,7 @@ def nominated(sweep: Sweep) -> list[BlockPlan]:
         sweep.teacher.config,
         sorted(sweep.limits.values(), reverse=True),
         sweep.config.analyse.replacements,
-        [plan for _, _, plan in starts],
+        [plan for _, _, plan in (*starts, *earlier)],
     )
 
 
@@ -100,6 +105,38 @@ def rule_plans(sweep: Sweep, analysis: Analysis) -> list[Start]:
         for rule in search.rules
     )
     return [(label, rule, plan) for label, rule, plan in found if plan is not None]
+
+
+def earlier_plans(sweep: Sweep) -> list[Start]:
+    """For each budget, the best published plans of this teacher that other sweeps found and that
+    fit it, by the rule of the registry: at most `search.earlier`, each once."""
+    most, offered = sweep.config.search.earlier, {*sweep.candidates}
+    if sweep.config.plan is not None or most == 0:
+        return []
+    known = [
+        entry
+        for entry in sorted(entries(sweep.store), key=rank)
+        if entry.teacher == sweep.teacher.digest and entry.sweep != sweep.name
+    ]
+    found: list[Start] = []
+    for label, limit in sweep.limits.items():
+        plans: dict[str, Plan] = {}
+        for entry in known:
+            if entry.parameters <= limit and len(plans) < most and entry.plan_digest not in plans:
+                plan = stored_plan(sweep.store, entry.prefix)
+                # Only of blocks that this configuration would offer itself.
+                if plan and all(block.untouched or block in offered for block in plan.blocks):
+                    plans[entry.plan_digest] = plan
+        found += [(label, "earlier", plan) for plan in plans.values()]
+    return found
+
+
+def recorded_earlier(sweep: Sweep) -> list[Start]:
+    """The earlier plans that were known when this sweep's library was made."""
+    record = LIBRARY.record(sweep)
+    assert record is not None
+    stored: Any = record.facts["earlier"]
+    return [(label, "earlier", Plan.model_validate(plan)) for label, plan in stored]
 
 
 def library_prefixes(sweep: Sweep) -> dict[BlockPlan, str]:

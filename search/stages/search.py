@@ -7,7 +7,12 @@ from pydantic import JsonValue
 from search.proposals import Start, Target
 from search.score import Bench
 from search.space import Space
-from search.stages.library import library_prefixes, read_analysis, rule_plans
+from search.stages.library import (
+    library_prefixes,
+    read_analysis,
+    recorded_earlier,
+    rule_plans,
+)
 from search.stages.stage import Outcome, Stage
 from search.studies import StudyLog, journal_file
 from search.sweep import Sweep, SweepError
@@ -92,7 +97,8 @@ def _what_to_search(sweep: Sweep, library: Library) -> tuple[Space, SearchConfig
     if given is None:
         analysis = read_analysis(sweep)
         space = library_space(sweep.teacher, library)
-        return space, sweep.config.search, rule_plans(sweep, analysis)
+        plans = [*rule_plans(sweep, analysis), *recorded_earlier(sweep)]
+        return space, sweep.config.search, plans
     # A given plan is all there is to score.
     alone = plan_space(sweep.teacher, library, given)
     once = sweep.config.search.model_copy(update={"trials": 1, "exact": 0})

@@ -60,8 +60,8 @@ def encode(sweep: Sweep) -> None:
 
 def search(sweep: Sweep, plan: Plan) -> None:
     trial = Trial(
-        number=0, budget="60pct", origin="uniform", plan=plan, parameters=1, damage=0.5, expected=None,
-        fidelity_loss=0.75, seconds=0.5,
+        number=0, budget="60pct", origin="uniform", plan=plan, parameters=1, damage=0.5,
+        expected=None, fidelity_loss=0.75, seconds=0.5,
     )  # fmt: skip
     save_trials(sweep.store, layout.search(sweep.name), [trial])
     done(sweep, "search", {})

@@ -8,12 +8,17 @@ import pytest
 
 from search.config import SweepConfig
 from search.stages import STAGES, require_earlier, run_stage, skip_stage, stage_named
+from search.stages.library import earlier_plans
 from search.stages.record import read_attempt, read_record
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError, open_sweep
 from storage import layout
 from storage.manifest import publish
+from storage.registry import Entry, add, entries, remove
 from trainers.progress import Progress, silent
+from trainers.students.counts import plan_parameters
+from trainers.students.plan import BlockPlan, Plan
+from trainers.worker import PLAN, stored_plan
 
 LIMITS = {"name": "tiny", "budgets": ["60%"]}
 
@@ -140,3 +145,43 @@ def test_a_budget_that_belongs_to_another_teacher_is_refused(sweep: Sweep) -> No
     publish(sweep.store, layout.best("60pct"), {}, {"teacher": "0123456789abcdef"})
     with pytest.raises(SweepError, match=r"best/60pct .* belongs to another teacher"):
         changed(sweep)
+
+
+def published_plan(sweep: Sweep, by: str, *spans: tuple[int, int], score: float = 0.5) -> Plan:
+    """A plan in the registry, as a sweep named `by` would have left it."""
+    plan = Plan(
+        family="qwen_image",
+        teacher_blocks=6,
+        blocks=tuple(BlockPlan(span=span, start="library") for span in spans),
+    )
+    prefix = layout.finalist(by, "any", plan.digest)
+    publish(sweep.store, prefix, {PLAN: plan.to_json().encode()})
+    entry = Entry(
+        budget="any", plan_digest=plan.digest, teacher=sweep.teacher.digest, sweep=by,
+        prefix=prefix, parameters=plan_parameters(plan, sweep.teacher.config), fidelity_loss=0.1,
+        judge_score=score,
+    )  # fmt: skip
+    add(sweep.store, entry)
+    return plan
+
+
+def test_a_sweep_starts_from_the_best_that_others_found(sweep: Sweep) -> None:
+    good = published_plan(sweep, "other", (0, 1), (2, 3), (4, 5), score=0.8)
+    fair = published_plan(sweep, "other", (0, 2), (3, 5), score=0.7)
+    published_plan(sweep, sweep.name, (0, 3), (4, 5), score=0.9)  # its own
+    published_plan(sweep, "other", *((i, i) for i in range(6)), score=0.95)  # too large
+    published_plan(sweep, "other", (0, 5), score=0.99)  # a longer span than library.max_span
+    assert sweep.config.library.max_span < 6
+    assert earlier_plans(sweep) == [("60pct", "earlier", good)]
+    two = changed(sweep, search={"earlier": 2})
+    assert earlier_plans(two) == [("60pct", "earlier", good), ("60pct", "earlier", fair)]
+    assert earlier_plans(changed(sweep, search={"earlier": 0})) == []
+
+
+def test_plans_of_another_teacher_are_no_start(sweep: Sweep) -> None:
+    plan = published_plan(sweep, "other", (0, 1), (2, 3), (4, 5))
+    (entry,) = entries(sweep.store)
+    remove(sweep.store, entry)
+    add(sweep.store, entry.model_copy(update={"teacher": "0123456789abcdef"}))
+    assert earlier_plans(sweep) == []
+    assert stored_plan(sweep.store, entry.prefix) == plan
