@@ -1,6 +1,7 @@
-"""What Tune, Optuna and Ray cost per warm scoring trial, beside the scoring itself.
+"""What Tune, Optuna and Ray cost per warm scoring trial, beside the scoring itself, and whether the
+driver's time and memory stay flat.
 
-    python -m benchmarks.search examples/miniature.yaml --trials 200
+    python -m benchmarks.search examples/miniature.yaml --trials 2000
 
 Needs the library of that sweep (`make demo`, or `espalier library CONFIG`). Scores under a prefix
 of its own, which it removes, so that every trial is really scored. Prints one JSON object.
@@ -12,35 +13,45 @@ import argparse
 import json
 import time
 import uuid
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+
+from psutil import Process
 
 from cluster.cli.common import open_config
 from cluster.connect import connected
 from search.proposals import Target
 from search.score import Bench
 from search.stages.library import library_prefixes
-from search.trials import library_space, run_search
+from search.trials import Trial, library_space, run_search
 from storage.manifest import withdraw
 from trainers.library.library import Library
 from trainers.placement import share_of
 
+PART = 250
+"""Trials after which figures of their own begin."""
+
 
 class Clock:
-    """Notes when each trial's score arrived."""
+    """Notes when each trial's score arrived, and how much memory the driver then held."""
 
     def __init__(self) -> None:
         self.arrived: list[float] = []
+        self.mebibytes: list[float] = []
 
     def update(self, done: int, total: int, **facts: float | str) -> None:
         self.arrived.append(time.monotonic())
+        self.mebibytes.append(Process().memory_info().rss / 2**20)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("config", type=Path)
     arguments.add_argument("--trials", type=int, default=200)
+    arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = arguments.parse_args()
-    sweep = open_config(options.config, [])
+    sweep = open_config(options.config, options.set)
     prefix = f"benchmarks/{uuid.uuid4().hex}"
     clock = Clock()
     with connected(sweep.config.accelerator):
@@ -73,23 +84,29 @@ def main() -> None:
             )
         finally:
             withdraw(sweep.store, prefix)
+    workers = sweep.config.workers
     # The first trials of each worker load the models, so they are not warm.
-    cold = 4 * sweep.config.workers
-    warm = options.trials - cold
-    wall = (clock.arrived[-1] - clock.arrived[cold - 1]) / warm
-    scoring = sum(trial.seconds for trial in trials[cold:]) / warm / sweep.config.workers
-    print(
-        json.dumps(
-            {
-                "trials": options.trials,
-                "workers": sweep.config.workers,
-                "warm_ms_per_trial": round(1000 * wall, 1),
-                "scoring_ms_per_trial": round(1000 * scoring, 1),
-                "overhead_ms_per_trial": round(1000 * (wall - scoring), 1),
-                "overhead_over_scoring": round((wall - scoring) / scoring, 2),
-            }
-        )
-    )
+    edges = [4 * workers, *range(PART, options.trials, PART), options.trials]
+    parts = [cost(trials, clock, first, last, workers) for first, last in pairwise(edges)]
+    whole = cost(trials, clock, edges[0], edges[-1], workers)
+    print(json.dumps({"workers": workers, **whole, "parts": parts}, indent=1))
+
+
+def cost(
+    trials: Sequence[Trial], clock: Clock, first: int, last: int, workers: int
+) -> dict[str, float]:
+    """Milliseconds a trial from one to another, and the driver's memory at the end."""
+    count = last - first
+    wall = (clock.arrived[last - 1] - clock.arrived[first - 1]) / count
+    scoring = sum(trial.seconds for trial in trials[first:last]) / count / workers
+    return {
+        "trials": last,
+        "warm_ms_per_trial": round(1000 * wall, 1),
+        "scoring_ms_per_trial": round(1000 * scoring, 1),
+        "overhead_ms_per_trial": round(1000 * (wall - scoring), 1),
+        "overhead_over_scoring": round((wall - scoring) / scoring, 2),
+        "driver_mib": round(clock.mebibytes[last - 1]),
+    }
 
 
 if __name__ == "__main__":
