@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 PIXELS_PER_INCH = 100
@@ -102,6 +103,15 @@ def legend(ax: Axes, theme: Theme, columns: int = 3) -> None:
         borderaxespad=0, handletextpad=0.4, columnspacing=1.2,
         labelcolor=theme.ink, fontsize=12 * POINTS,
     )  # fmt: skip
+
+
+def plain_log(axis: Axis) -> None:
+    """Ticks like 0.05 instead of powers of ten, some also where the axis spans no whole decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def png(drawn: Figure) -> bytes:

@@ -7,9 +7,12 @@ student's and the teacher's velocity; judge scores lie in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+
+from search.ranks import rank_correlation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,6 +90,28 @@ class FinalistFacts:
     judge_score: float | None = None
     chosen: bool = False
     state: State = "complete"
+    measured: Mapping[float, float] = field(default_factory=dict)
+    """Fidelity loss on the way, by the part of the schedule after which it was measured."""
+
+    @property
+    def losses(self) -> dict[float, float]:
+        """Fidelity loss by tier, ascending: 0 is the plan as assembled, 1 the end."""
+        end = {} if self.loss_after is None else {1.0: self.loss_after}
+        return dict(sorted({0.0: self.loss_before, **self.measured, **end}.items()))
+
+
+@dataclass(frozen=True)
+class TierPair:
+    """What two tiers say of the same plans of a budget."""
+
+    budget: str
+    lower: float
+    """A tier by its part of the schedule; 0 is the plan as assembled."""
+    upper: float
+    points: tuple[tuple[float, float], ...]
+    """(fidelity loss at `lower`, at `upper`)"""
+    spearman: float | None
+    """Rank correlation; None with fewer than three points, or where one tier's are all alike."""
 
 
 @dataclass(frozen=True)
@@ -182,3 +207,25 @@ def kept(student: Scores | None, teacher: Scores | None) -> float | None:
     if student is None or teacher is None or teacher.overall == 0:
         return None
     return student.overall / teacher.overall
+
+
+def tier_pairs(finalists: Sequence[FinalistFacts]) -> list[TierPair]:
+    """Every two tiers that some finalist reached both of, budget by budget.
+
+    Finalists of one plan that share their lower loss, as those do that only differ in schedule
+    after it, are one point: the best that came of them.
+    """
+    pairs = []
+    tiers = sorted({tier for each in finalists for tier in each.losses})
+    for lower, upper in itertools.combinations(tiers, 2):
+        for budget in dict.fromkeys(each.budget for each in finalists):
+            best: dict[tuple[str, float], float] = {}
+            for each in finalists:
+                if each.budget == budget and {lower, upper} <= set(each.losses):
+                    start, end = (each.plan.digest, each.losses[lower]), each.losses[upper]
+                    best[start] = min(end, best.get(start, end))
+            points = tuple((before, after) for (_, before), after in best.items())
+            if points:
+                rho = rank_correlation(*zip(*points, strict=True))
+                pairs.append(TierPair(budget, lower, upper, points, rho))
+    return pairs

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, legend
+from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, legend, plain_log
+from search.report.choices import importance_drawings, parallel_drawings
 from search.report.data import Matrix, PictureRow, ReportData, StudentFacts, TrialFacts
+from search.report.history import history_drawing, marker, origins
 from search.report.plan_picture import plan_drawing
+from search.report.tiers import tier_drawings
 from search.report.words import count, duration, loss, percent, span
 from search.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MARKERS = {"exact": "D", "uniform": "s", "ppcl": "^", "amber": "v"} | dict.fromkeys(SAMPLERS, "o")
-OTHER_MARKER = "^"
-"""For origins that a later searcher brings."""
 _Place = Callable[[TrialFacts], float]
 
 SHEET_PICTURES = 12
@@ -31,9 +30,10 @@ def drawings(data: ReportData) -> list[Drawing]:
     if data.pictures:
         made.append(_pictures(data))
     if any(trial.fidelity_loss is not None for trial in data.trials):
-        made += [_pareto(data), _trials(data)]
+        made += [_pareto(data), history_drawing(data)]
     if any(_predicted(data, budget.label) for budget in data.budgets):
         made.append(_agreement(data))
+    made += [*parallel_drawings(data), *importance_drawings(data), *tier_drawings(data)]
     if data.redundancy is not None:
         made.append(_cka(data, "image", data.redundancy.image_cka))
         made.append(_cka(data, "text", data.redundancy.text_cka))
@@ -97,56 +97,12 @@ def _draw_pareto(data: ReportData, front: Sequence[TrialFacts], theme: Theme) ->
     for budget in data.budgets:
         ax.axvline(budget.limit, color=theme.muted, linewidth=1, linestyle=":", zorder=1)
     ax.set_yscale("log")
-    _plain_log(ax.yaxis)
+    plain_log(ax.yaxis)
     label(ax, theme, f"parameters (teacher: {count(data.teacher.parameters)})", "fidelity loss")
     ax.xaxis.set_major_formatter(
         lambda x, _: f"{count(x)}\n{percent(round(x / data.teacher.parameters, 2))}"
     )
     ax.locator_params("x", nbins=5)
-    legend(ax, theme)
-    return drawn
-
-
-def _trials(data: ReportData) -> Drawing:
-    failed = sum(trial.state == "failed" for trial in data.trials)
-    best = min(t.fidelity_loss for t in data.trials if t.fidelity_loss is not None)
-    return Drawing(
-        name="trials",
-        alt=(
-            f"Fidelity loss of {len(data.trials)} trials in the order they were proposed; lowest "
-            f"{loss(best)}; {failed} failed."
-        ),
-        caption=(
-            "The search in the order it proposed. A line is the best plan so far that fits that "
-            "budget; where it steps down, the search found what its starting points had not. Exact "
-            "plans and those of rules are starting points, the sampler learns from all before it."
-            + (f" Crosses at the top: {failed} failed trials." if failed else "")
-        ),
-        draw=lambda theme: _draw_trials(data, theme),
-    )
-
-
-def _draw_trials(data: ReportData, theme: Theme) -> Figure:
-    drawn = figure(540, 430, theme)
-    ax = axes(drawn, theme, grid="y")
-    _scatter(ax, data, theme, lambda trial: trial.number)
-    colours = {student.budget: colour for colour, student in _coloured(data, theme)}
-    for budget in data.budgets:
-        line = best_so_far(data.trials, budget.limit)
-        if line:
-            ax.step(
-                *zip(*line, strict=True), where="post", linewidth=1.8, zorder=2,
-                color=colours.get(budget.label, theme.muted), label=f"best within {budget.asked}",
-            )  # fmt: skip
-    ax.set_yscale("log")
-    _plain_log(ax.yaxis)
-    failed = [trial.number for trial in data.trials if trial.state == "failed"]
-    ax.plot(
-        failed, [0.98] * len(failed), "x", color=theme.muted, markersize=5,
-        transform=ax.get_xaxis_transform(),
-    )  # fmt: skip
-    ax.locator_params("x", integer=True)
-    label(ax, theme, "trial", "fidelity loss")
     legend(ax, theme)
     return drawn
 
@@ -190,26 +146,11 @@ def _draw_agreement(data: ReportData, theme: Theme) -> Figure:
             )  # fmt: skip
     ax.set_xscale("log")
     ax.set_yscale("log")
-    _plain_log(ax.xaxis)
-    _plain_log(ax.yaxis)
+    plain_log(ax.xaxis)
+    plain_log(ax.yaxis)
     label(ax, theme, "summed damage", "fidelity loss")
     legend(ax, theme)
     return drawn
-
-
-def best_so_far(trials: Sequence[TrialFacts], limit: int) -> list[tuple[int, float]]:
-    """(trial number, lowest fidelity loss up to it) over the trials of at most `limit` parameters.
-
-    The last point repeats the lowest loss at the last trial, so that the line reaches the end.
-    """
-    line: list[tuple[int, float]] = []
-    for trial in sorted(trials, key=lambda trial: trial.number):
-        value = trial.fidelity_loss
-        if value is not None and trial.parameters <= limit and (not line or value < line[-1][1]):
-            line.append((trial.number, value))
-    if line:
-        line.append((max(trial.number for trial in trials), line[-1][1]))
-    return line
 
 
 def _cka(data: ReportData, stream: str, matrix: Matrix) -> Drawing:
@@ -411,8 +352,7 @@ def _wrapped(caption: str, width: int) -> str:
 
 def _scatter(ax: Axes, data: ReportData, theme: Theme, x: _Place) -> None:
     """All trials that have a loss, a marker per origin."""
-    origins = sorted({t.origin for t in data.trials}, key=lambda o: (o not in MARKERS, o))
-    for origin in origins:
+    for origin in origins(data.trials):
         points = [
             (x(trial), trial.fidelity_loss)
             for trial in data.trials
@@ -421,7 +361,7 @@ def _scatter(ax: Axes, data: ReportData, theme: Theme, x: _Place) -> None:
         if points:
             xs, ys = zip(*points, strict=True)
             ax.scatter(
-                xs, ys, marker=MARKERS.get(origin, OTHER_MARKER), s=30, zorder=3, label=origin,
+                xs, ys, marker=marker(origin), s=30, zorder=3, label=origin,
                 facecolor=theme.neutral if origin in SAMPLERS else theme.ink,
                 edgecolor=theme.muted, linewidth=0.7,
             )  # fmt: skip
@@ -430,12 +370,3 @@ def _scatter(ax: Axes, data: ReportData, theme: Theme, x: _Place) -> None:
 def _coloured(data: ReportData, theme: Theme) -> list[tuple[str, StudentFacts]]:
     """Students with the colour each has in every figure."""
     return [(theme.series[i % len(theme.series)], s) for i, s in enumerate(data.students)]
-
-
-def _plain_log(axis: Axis) -> None:
-    """Ticks like 0.05 instead of powers of ten, some also where the axis spans no whole decade."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -116,6 +116,7 @@ def _finalists(sweep: Sweep) -> tuple[FinalistFacts, ...]:
                 judge_score=verdict.overall if verdict else None,
                 chosen=prefix in chosen,
                 state=recovery.state,
+                measured={m.part: m.fidelity_loss for m in recovery.measured},
             )
         )
     return tuple(facts)

@@ -50,3 +50,8 @@ def loss(number: float | None) -> str:
 def span(first: int, last: int) -> str:
     """(3, 4) -> "3–4", (7, 7) -> "7"."""
     return str(first) if first == last else f"{first}–{last}"
+
+
+def tier(part: float) -> str:
+    """When a fidelity loss was measured, by the part of the schedule: 0.25 -> "after 25%"."""
+    return "as assembled" if part == 0 else f"after {percent(part)}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 from PIL import Image
 
+from search.features import plan_features
 from search.report.data import (
     BudgetFacts,
     FinalistFacts,
@@ -94,3 +98,45 @@ def whole() -> ReportData:
         costs=COSTS,
         sampling={"height": 64, "width": 64, "num_inference_steps": 20},
     )  # fmt: skip
+
+
+def partitions() -> list[Plan]:
+    """Every plan over spans of at most three blocks: 24 of them."""
+    cuts = itertools.product((True, False), repeat=BLOCKS - 1)
+    found = []
+    for cut in cuts:
+        starts = [0, *(i + 1 for i, here in enumerate(cut) if here)]
+        spans = list(zip(starts, [*(s - 1 for s in starts[1:]), BLOCKS - 1], strict=True))
+        if all(last - first < 3 for first, last in spans):
+            found.append(plan(*spans))
+    return found
+
+
+def long() -> ReportData:
+    """A sweep with enough trials and recoveries to compare, all at 50%: merges that lie early are
+    the best, and one length of the schedules' second phase."""
+    made = partitions()
+    trials = tuple(
+        TrialFacts(
+            number, 100_000 * len(plan.blocks), 0.1 + plan_features(plan)["merge depth"], 0.3,
+            "tpe", plan, budget="50pct", damage=1.0 + number % 5,
+        )
+        for number, plan in enumerate(made)
+    )  # fmt: skip
+    finalists = tuple(
+        FinalistFacts(
+            "50pct", number, made[number], lengthened(number), 0.2 + number / 100,
+            None if number % 6 == 0 else 1 - number / 100, 40.0,
+            state="stopped" if number % 6 == 0 else "complete",
+            measured={0.25: 0.02 + abs(number % 6 - 2) / 100 + number / 1e4},
+        )
+        for number in range(24)
+    )  # fmt: skip
+    return dataclasses.replace(whole(), trials=trials, pareto=(0,), finalists=finalists)
+
+
+def lengthened(number: int) -> Schedule:
+    """SCHEDULE with another length of its second phase, and another rate without effect."""
+    first, second = SCHEDULE.phases
+    longer = second.model_copy(update={"steps": 100 + 20 * (number % 6), "lr": 1e-4 * (number + 1)})
+    return Schedule(phases=(first, longer))

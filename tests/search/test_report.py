@@ -16,12 +16,14 @@ from PIL import Image
 
 from search.report import words
 from search.report.canvas import DARK, LIGHT
-from search.report.data import ReportData, kept
-from search.report.figures import best_so_far, drawings, spread
+from search.report.choices import FEWEST_RANKED, importances, plans_of, schedules_of
+from search.report.data import FinalistFacts, ReportData, kept, tier_pairs
+from search.report.figures import drawings, spread
+from search.report.history import best_so_far
 from search.report.loading import loading
 from search.report.page import LARGEST_PICTURE, judge_table, picture_url, render, write_report
 from search.report.plan_picture import in_words, plan_drawing, plan_png, rows
-from tests.search.invented import HALF, PROVENANCE, TEACHER, THIRD, whole
+from tests.search.invented import HALF, PROVENANCE, SCHEDULE, TEACHER, THIRD, long, whole
 from trainers.students.plan import BlockPlan, Plan, uniform_plan
 
 
@@ -166,6 +168,73 @@ def test_best_so_far_falls_only_within_the_budget() -> None:
     assert best_so_far(trials, 700_000) == [(1, 0.4), (3, 0.4)]
     assert best_so_far(trials, 1_000_000) == [(0, 0.2), (3, 0.2)]
     assert best_so_far(trials, 1) == []
+
+
+def test_a_sweep_with_enough_trials_shows_what_good_ones_have_in_common(tmp_path: Path) -> None:
+    files = write_report(long(), tmp_path)
+    names = {file.stem for file in files}
+    assert names >= {
+        "parallel-plans-50pct", "parallel-schedules-50pct", "important-plans",
+        "important-schedules", "tiers-0-0.25", "tiers-0-1", "tiers-0.25-1",
+    }  # fmt: skip
+    assert not [name for name in names if name.startswith("parallel") and "33" in name]
+    page = Page(files[0].read_text(encoding="utf-8"))
+    assert page.open == []
+    shown = {tag.get("alt") for tag in page.of("img")}
+    assert {d.alt for d in drawings(long()) if d.name != "pictures"} <= shown
+
+
+def test_importance_names_the_choice_that_decides() -> None:
+    (half, third), (schedules, _) = plans_of(long()), schedules_of(long())
+    by_plan = importances(half.chosen, half.losses)
+    assert next(iter(by_plan)) == "merge depth"
+    assert "FFN kept" not in by_plan  # the same in all
+    by_schedule = importances(schedules.chosen, schedules.losses)
+    assert next(iter(by_schedule)) == "2 velocity steps"
+    assert sum(by_schedule.values()) == pytest.approx(1)
+    assert third.losses == []
+
+
+def test_importance_needs_results_enough_that_differ() -> None:
+    half = plans_of(long())[0]
+    few = FEWEST_RANKED - 1
+    assert importances(half.chosen[:few], half.losses[:few]) == {}
+    assert importances(half.chosen, [0.5] * len(half.losses)) == {}
+    assert importances([], []) == {}
+
+
+def test_parallel_lines_say_the_best_and_leave_out_what_is_the_same() -> None:
+    lines = next(d for d in drawings(long()) if d.name == "parallel-plans-50pct")
+    best = min(long().trials, key=lambda trial: trial.fidelity_loss or 1.0)
+    assert f"The best: blocks {len(best.plan.blocks)}, " in lines.alt
+    assert "merge depth 10%" in lines.alt
+    assert "FFN kept" not in lines.alt
+    assert "The same in all: FFN kept 100%" in lines.caption
+    assert lines.png(LIGHT) != lines.png(DARK)
+
+
+def test_tiers_are_compared_two_by_two() -> None:
+    short, full, later = tier_pairs(long().finalists)
+    assert (short.lower, short.upper, len(short.points)) == (0, 0.25, 24)
+    assert (full.lower, full.upper, full.spearman) == (0, 1, -1.0)  # as invented
+    assert (later.lower, later.upper, len(later.points)) == (0.25, 1, 20)
+    assert short.points[0] == (0.2, 0.04)
+
+
+def test_schedules_of_one_plan_are_one_point_the_best_of_them() -> None:
+    def ran(plan: Plan, after: float | None, budget: str = "50pct") -> FinalistFacts:
+        return FinalistFacts(budget, 0, plan, SCHEDULE, 0.2 + len(plan.blocks), after, 1.0)
+
+    found = [ran(HALF, 0.05), ran(HALF, 0.03), ran(THIRD, 0.04), ran(THIRD, None, "33pct")]
+    (pair,) = tier_pairs(found)
+    assert pair.points == ((3.2, 0.03), (2.2, 0.04))
+    assert pair.spearman is None  # two points
+
+
+def test_the_history_says_who_found_the_best_of_each_budget() -> None:
+    history = next(d for d in drawings(whole()) if d.name == "trials")
+    assert "50% by exact at trial 0, 33% by uniform at trial 1" in history.caption
+    assert "1 failed trials" in history.caption
 
 
 def test_large_pictures_are_made_smaller_and_stay_as_they_are_outside() -> None:
