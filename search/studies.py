@@ -1,7 +1,9 @@
 """Keeps a search's trials in an Optuna storage too, where optuna-dashboard opens them.
 
 A study shows a search; it decides nothing. Proposals are made from our own store
-(search/proposals.py), so a study that was lost is written anew from there.
+(search/proposals.py), so a study that was lost is written anew from there. For the same reason its
+parameters need not be those that were proposed, dozens a plan: they are what a person reads off the
+plan (search/features.py).
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from search.space import Space
+from search.features import plan_features
+from search.report.plan_picture import in_words
 from storage.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -59,22 +63,28 @@ def checked_url(url: str) -> str:
 class StudyLog:
     """The study of one sweep, named as the sweep."""
 
-    def __init__(self, url: str, name: str, teacher: str, search: str, space: Space) -> None:
+    def __init__(self, url: str, name: str, teacher: str, search: str) -> None:
         """Opens or makes the study at `url`, a journal's path or a database's URL.
 
         `teacher` and `search` are digests. StudyError when the study belongs to another teacher;
         the trials of another search of the same sweep give way to this one's.
         """
-        self.url, self._name, self._space = url, name, space
+        self.url, self._name = url, name
         self._study: optuna.Study = self._tried(partial(self._open, teacher, search))
-        self._known = {trial.user_attrs.get("number") for trial in self._study.get_trials(False)}
+        self._next = len(self._study.get_trials(False))
+        self._early: dict[int, Trial] = {}
 
     def add(self, trials: Sequence[Trial]) -> None:
-        """Adds those that are not there. StudyError when the database does not answer."""
-        for trial in trials:
-            if trial.number not in self._known:
-                self._tried(partial(self._study.add_trial, self._frozen(trial)))
-                self._known.add(trial.number)
+        """Adds those that are not there. StudyError when the database does not answer.
+
+        A study numbers its trials as they come, so one waits here for those before it: trial 12 of
+        the dashboard is trial 12 of the report.
+        """
+        self._early |= {trial.number: trial for trial in trials if trial.number >= self._next}
+        while self._next in self._early:
+            self._tried(partial(self._study.add_trial, _frozen(self._early[self._next])))
+            del self._early[self._next]
+            self._next += 1
 
     def _open(self, teacher: str, search: str) -> optuna.Study:
         import optuna
@@ -103,27 +113,6 @@ class StudyLog:
             study.set_user_attr(key, value)
         return study
 
-    def _frozen(self, trial: Trial) -> optuna.trial.FrozenTrial:
-        import optuna
-
-        holds = dict(self._space.encode(trial.plan))
-        whole = trial.fidelity_loss is not None
-        states = optuna.trial.TrialState
-        return optuna.trial.create_trial(
-            state=states.COMPLETE if whole else states.FAIL,
-            values=[trial.fidelity_loss or 0.0, trial.parameters] if whole else None,
-            params=holds,
-            distributions=dict.fromkeys(holds, optuna.distributions.FloatDistribution(0.0, 1.0)),
-            user_attrs={
-                "number": trial.number,
-                "budget": trial.budget,
-                "origin": trial.origin,
-                "plan": trial.plan.digest,
-                "damage": trial.damage,
-                "seconds": trial.seconds,
-            },
-        )
-
     def _tried(self, work: Callable[[], Result]) -> Result:
         """Calls `work`, again after a while when the database does not answer."""
         from sqlalchemy.exc import DBAPIError
@@ -141,6 +130,37 @@ class StudyLog:
                         "again when it does"
                     ) from error
                 sleep(FIRST_WAIT_SECONDS * 2 ** (failures - 1))
+
+
+def _frozen(trial: Trial) -> optuna.trial.FrozenTrial:
+    import optuna
+
+    features = plan_features(trial.plan)
+    whole = trial.fidelity_loss is not None
+    states, distributions = optuna.trial.TrialState, optuna.distributions
+    frozen = optuna.trial.create_trial(
+        state=states.COMPLETE if whole else states.FAIL,
+        values=[trial.fidelity_loss or 0.0, trial.parameters] if whole else None,
+        params=features,
+        distributions={
+            name: distributions.IntDistribution(0, trial.plan.teacher_blocks)
+            if isinstance(value, int)
+            else distributions.FloatDistribution(0.0, 1.0)
+            for name, value in features.items()
+        },
+        user_attrs={
+            "budget": trial.budget,
+            "origin": trial.origin,
+            "summed damage": trial.damage,
+            "plan": trial.plan.digest,
+            "in words": in_words(trial.plan),
+        }
+        | ({} if whole else {"failed": "its fidelity loss is not a number"}),
+    )
+    # Scored just now; the timeline shows for how long.
+    frozen.datetime_complete = datetime.now()
+    frozen.datetime_start = frozen.datetime_complete - timedelta(seconds=trial.seconds)
+    return frozen
 
 
 def _storage(url: str) -> Any:

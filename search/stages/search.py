@@ -51,7 +51,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     )
     space, searched, plans = _what_to_search(sweep, Library(sweep.store, prefixes))
     study = config.search.study or journal_file(sweep.store.url, sweep.name)
-    log = StudyLog(study, sweep.name, sweep.teacher.digest, sweep.search_digest, space)
+    log = StudyLog(study, sweep.name, sweep.teacher.digest, sweep.search_digest)
     trials = run_search(
         space,
         [Target(label, limit) for label, limit in sweep.limits.items()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from datetime import timedelta
 from pathlib import Path
 
 import optuna
@@ -13,6 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from pydantic import ValidationError
 
 import search.studies
+from search.features import plan_features
 from search.samplers import SAMPLERS
 from search.solver import Piece
 from search.space import Space, candidates
@@ -33,6 +35,7 @@ def make_space() -> Space:
 
 SPACE = make_space()
 PLANS = SPACE.exact(45, 4)
+PLANS_BY_DIGEST = {plan.digest: number for number, plan in enumerate(PLANS)}
 
 
 def trial(number: int, loss: float | None = 0.25) -> Trial:
@@ -62,7 +65,11 @@ def read(url: str, name: str = "one") -> optuna.Study:
 
 
 def opened(url: str, name: str = "one", teacher: str = "t", made_by: str = "s") -> StudyLog:
-    return StudyLog(url, name, teacher, made_by, SPACE)
+    return StudyLog(url, name, teacher, made_by)
+
+
+def numbers(url: str, name: str = "one") -> list[int]:
+    return [PLANS_BY_DIGEST[t.user_attrs["plan"]] for t in read(url, name).trials]
 
 
 def test_shows_every_trial_once_while_the_search_runs(url: str) -> None:
@@ -73,18 +80,34 @@ def test_shows_every_trial_once_while_the_search_runs(url: str) -> None:
     resumed = opened(url)
     resumed.add([trial(0), trial(1, None), trial(2, 0.5)])
     study = read(url)
-    assert [t.user_attrs["number"] for t in study.trials] == [0, 1, 2]
+    assert numbers(url) == [0, 1, 2]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert study.trials[2].values == [0.5, SPACE.parameters(PLANS[2])]
-    assert study.trials[0].params == SPACE.encode(PLANS[0])
-    assert study.trials[0].user_attrs["plan"] == PLANS[0].digest
     assert study.metric_names == ["fidelity loss", "parameters"]
+
+
+def test_a_trial_shows_what_a_person_reads_off_its_plan(url: str) -> None:
+    opened(url).add([trial(0), trial(1, None)])
+    whole, failed = read(url).trials
+    assert whole.params == plan_features(PLANS[0])
+    assert whole.user_attrs["in words"].startswith(f"{BLOCKS} teacher blocks become ")
+    assert (whole.duration or timedelta()).total_seconds() == pytest.approx(0.1)
+    assert "not a number" in failed.user_attrs["failed"]
+
+
+def test_trials_keep_their_numbers_though_they_end_out_of_order(url: str) -> None:
+    log = opened(url)
+    log.add([trial(1)])
+    assert numbers(url) == []
+    log.add([trial(0)])
+    log.add([trial(2)])
+    assert numbers(url) == [0, 1, 2]
 
 
 def test_another_search_of_the_sweep_takes_the_studys_place(url: str) -> None:
     opened(url).add([trial(0), trial(1)])
-    opened(url, made_by="changed").add([trial(2)])
-    assert [t.user_attrs["number"] for t in read(url).trials] == [2]
+    opened(url, made_by="changed").add([trial(0, 0.75)])
+    assert [t.values[0] for t in read(url).trials] == [0.75]
 
 
 def test_a_study_of_another_teacher_is_refused_and_left_alone(url: str) -> None:
@@ -96,7 +119,7 @@ def test_a_study_of_another_teacher_is_refused_and_left_alone(url: str) -> None:
 
 def test_sweeps_share_a_storage(url: str) -> None:
     opened(url).add([trial(0)])
-    opened(url, name="two", teacher="other").add([trial(1), trial(2)])
+    opened(url, name="two", teacher="other").add([trial(0), trial(1)])
     assert (len(read(url).trials), len(read(url, "two").trials)) == (1, 2)
 
 
@@ -125,7 +148,7 @@ def test_a_database_that_comes_back_loses_nothing(
     away.execute("ROLLBACK")
     away.close()
     opened(f"sqlite:///{file}").add([trial(0), trial(1), trial(2)])
-    assert [t.user_attrs["number"] for t in read(f"sqlite:///{file}").trials] == [0, 1, 2]
+    assert numbers(f"sqlite:///{file}") == [0, 1, 2]
 
 
 def test_a_password_in_the_configuration_is_refused() -> None:
