@@ -10,6 +10,7 @@ from search.analyse import AnalyseConfig
 from search.budget import Budget
 from search.judging import JudgeConfig
 from search.recover import RecoverConfig
+from search.tracking.config import TrackConfig
 from search.trials import SearchConfig
 from storage.section import Section
 from storage.store import StoreOptions
@@ -66,6 +67,9 @@ class SweepConfig(Section):
 
     judge: JudgeConfig = JudgeConfig()
     """How finished students are judged and shown."""
+
+    track: TrackConfig = TrackConfig()
+    """Which trackers are told what the stages found: TensorBoard, MLflow."""
 
     @model_validator(mode="after")
     def _budgets_differ(self) -> Self:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from search.features import plan_features
 from search.report.plan_picture import in_words
 from storage.errors import EspalierError
+from storage.urls import without_password
 
 if TYPE_CHECKING:
     import optuna
@@ -52,12 +53,9 @@ def journal_file(store_url: str, name: str) -> str:
 
 def checked_url(url: str) -> str:
     """The URL itself; ValueError when it holds a password."""
-    if re.match(r"[^/]+://[^/@]*:[^/@]+@", url):
-        raise ValueError(
-            "a password does not belong into a configuration; leave it to the database's own "
-            "means, such as PGPASSWORD or ~/.pgpass"
-        )
-    return url
+    return without_password(
+        url, "leave it to the database's own means, such as PGPASSWORD or ~/.pgpass"
+    )
 
 
 class StudyLog:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cluster.live import View
     from search.stages import Stage
     from search.sweep import Sweep
+    from search.tracking.track import Trackers
 
 RUN, STAGE = "Run", "One stage of a sweep"
 
@@ -83,12 +85,14 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
     from cluster.connect import connected, core_kept_quiet
     from cluster.live import choose_mode, live_view
     from search.stages import run_stage, skip_stage
+    from search.tracking.track import Trackers
 
+    trackers = Trackers(opened)
     for stage in stages:
         if stage.check is not None and stage.state(opened) != "done":
             stage.check(opened)
     opened.claim()
-    joined = False
+    joined = ran = False
     with ExitStack() as stack:
         names = [stage.name for stage in stages]
         view = stack.enter_context(live_view(choose_mode(as_json), names))
@@ -104,6 +108,17 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
                     joined = True
                 record = run_stage(stage, opened, progress)
             view.finish(stage.name, record.summary, record.seconds)
+            ran = True
+            _track(trackers)
+        if not ran:
+            # What they could not be told when it was found.
+            _track(trackers)
+
+
+def _track(trackers: Trackers) -> None:
+    """Tells the trackers; what they did not take is said, and no reason to stop."""
+    for warning in trackers.write():
+        print(f"espalier: {warning}", file=sys.stderr)
 
 
 @contextmanager
