@@ -188,7 +188,7 @@ class Grounds:
     def job(self, candidate: Candidate, tier: int) -> RecoveryJob:
         """What brings a candidate to the end of a tier."""
         finalist, schedule = candidate.finalist, candidate.schedule
-        until = math.ceil(self.config.tiers[tier] * schedule.steps)
+        until = steps_until(self.config.tiers[tier], schedule)
         where = (self.sweep, finalist.budget, self.name(candidate))
         return RecoveryJob(
             teacher=str(self.teacher.folder),
@@ -217,6 +217,11 @@ class Grounds:
     def _used(self, plan: Plan) -> tuple[tuple[BlockPlan, str], ...]:
         library = (block for block in plan.blocks if block.start == "library")
         return tuple((block, self.replacements[block]) for block in library)
+
+
+def steps_until(part: float, schedule: Schedule) -> int:
+    """The optimizer step after which a part of a schedule ends."""
+    return math.ceil(part * schedule.steps)
 
 
 class Book:

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
 """Read by MLflow when it is imported; what is set already stays."""
+STATUS = {"complete": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 _PAGE = 1000
 """Most runs that a server returns at once, and most metrics that it takes."""
@@ -76,10 +77,10 @@ def _write_run(client: MlflowClient, experiment: str, run: Run) -> None:
     tags = {KEY: run.key, "mlflow.note.content": run.said, "mlflow.source.name": "espalier"}
     made: Any = client.create_run(experiment, start_time=started, tags=tags, run_name=run.name)
     metrics = [Metric(name, value, ended, run.step) for name, value in run.results.items()]
-    metrics += [Metric("loss", loss, ended, n) for n, loss in enumerate(run.losses, start=1)]
+    for name, curve in run.curves.items():
+        metrics += [Metric(name, value, ended, step) for step, value in curve]
     params = [Param(name, str(value)) for name, value in run.choices.items()]
     client.log_batch(made.info.run_id, params=params)
     for first in range(0, len(metrics), _PAGE):
         client.log_batch(made.info.run_id, metrics=metrics[first : first + _PAGE])
-    status = "FAILED" if run.failed else "FINISHED"
-    client.set_terminated(made.info.run_id, status, end_time=ended)
+    client.set_terminated(made.info.run_id, STATUS[run.state], end_time=ended)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from search.features import plan_features, schedule_features
-from search.recover import Recovery
+from search.recover import Recovery, steps_until
 from search.report.plan_picture import in_words
 from search.stages import STAGES
 from search.stages.facts import scores
@@ -44,9 +44,9 @@ class Run:
     """What was measured."""
     choices: Mapping[str, Choice] = field(default_factory=dict)
     """What it was made from."""
-    losses: Sequence[float] = ()
-    """The training loss after every optimizer step."""
-    failed: bool = False
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """What was measured more than once, by optimizer step."""
+    state: Literal["complete", "stopped", "failed"] = "complete"
     said: str = ""
     """It, in words."""
 
@@ -96,7 +96,7 @@ def _trials(sweep: Sweep, record: StageRecord) -> list[Run]:
                 "plan": trial.plan.digest,
                 **plan_features(trial.plan),
             },
-            failed=trial.fidelity_loss is None,
+            state=trial.state,
             said=in_words(trial.plan),
         )
         for trial in trials_of(sweep)
@@ -108,6 +108,11 @@ def _recoveries(sweep: Sweep, record: StageRecord) -> list[Run]:
     for recovery in recoveries_of(sweep):
         losses = _losses(sweep, recovery)
         name = f"{sweep.name}/recovery/{recovery.budget}/{recovery.trial}"
+        measured = [(0, recovery.loss_before)]
+        measured += [
+            (steps_until(each.part, recovery.schedule), each.fidelity_loss)
+            for each in recovery.measured
+        ]
         made.append(
             Run(
                 key=_key(sweep, "recovery", record.digest, recovery.budget, recovery.trial),
@@ -116,15 +121,15 @@ def _recoveries(sweep: Sweep, record: StageRecord) -> list[Run]:
                 step=len(losses),
                 started=record.started,
                 seconds=recovery.seconds,
-                results={"loss before": recovery.loss_before} | _if_known(recovery.fidelity_loss),
+                results={"seconds": recovery.seconds},
                 choices={
                     "budget": recovery.budget,
                     "finalist": recovery.finalist,
                     "plan": recovery.plan.digest,
                     **schedule_features(recovery.schedule),
                 },
-                losses=losses,
-                failed=recovery.failed is not None,
+                curves={"loss": list(enumerate(losses, start=1)), "fidelity loss": measured},
+                state=recovery.state,
                 said=recovery.failed or in_words(recovery.plan),
             )
         )
@@ -132,12 +137,14 @@ def _recoveries(sweep: Sweep, record: StageRecord) -> list[Run]:
 
 
 def _losses(sweep: Sweep, recovery: Recovery) -> list[float]:
-    """Its training losses; none when it broke down before it could store them."""
-    prefix = layout.recovery(sweep.name, recovery.budget, recovery.trial)
-    manifest = published(sweep.store, prefix)
-    if manifest is None:
-        return []
-    return cast("list[float]", read_json(sweep.store, prefix, LOSSES, manifest))
+    """Its training losses as far as it came; none when it broke down before it stored any."""
+    for part in reversed(sweep.config.recover.tiers):
+        steps = steps_until(part, recovery.schedule)
+        prefix = layout.measured(sweep.name, recovery.budget, recovery.trial, steps)
+        manifest = published(sweep.store, prefix)
+        if manifest is not None:
+            return cast("list[float]", read_json(sweep.store, prefix, LOSSES, manifest))
+    return []
 
 
 def _students(sweep: Sweep, record: StageRecord) -> list[Run]:

@@ -57,18 +57,18 @@ def _events(runs: Sequence[Run]) -> Iterable[Event]:
 
     yield Event(wall_time=runs[0].started.timestamp(), file_version="brain.Event:2")
     for run in runs:
-        begun = run.started.timestamp()
+        begun, ended = run.started.timestamp(), run.started.timestamp() + run.seconds
         # Choices have their place in TensorBoard's table where a series is one run.
-        if run.losses:
-            results = {_tag(name): value for name, value in run.results.items()}
-            for summary in hparams(dict(run.choices), results):
+        if run.curves:
+            last = {_tag(name): curve[-1][1] for name, curve in run.curves.items() if curve}
+            for summary in hparams(dict(run.choices), last):
                 yield Event(wall_time=begun, summary=summary)
-        for step, loss in enumerate(run.losses, start=1):
-            passed = run.seconds * step / len(run.losses)
-            yield Event(wall_time=begun + passed, step=step, summary=scalar("loss", loss))
+        for name, curve in run.curves.items():
+            for step, value in curve:
+                when = begun + run.seconds * step / max(run.step, 1)
+                yield Event(wall_time=when, step=step, summary=scalar(_tag(name), value))
         for name, value in run.results.items():
-            when = begun + run.seconds
-            yield Event(wall_time=when, step=run.step, summary=scalar(_tag(name), value))
+            yield Event(wall_time=ended, step=run.step, summary=scalar(_tag(name), value))
 
 
 def _tag(name: str) -> str:

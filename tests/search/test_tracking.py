@@ -18,7 +18,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 from cluster.cli.run import run_stages
 from search.config import SweepConfig
 from search.judging import Judged, write_judged
-from search.recover import Recovery
+from search.recover import Measured, Recovery, steps_until
 from search.stages import stage_named
 from search.stages.publish import judged_prefix
 from search.stages.record import StageRecord, write_record
@@ -66,16 +66,20 @@ def sweep(tmp_path: Path, tiny_pipeline: Path, uri: str) -> Sweep:
     search(sweep, trials)
     schedule = sweep.config.recover.space.schedule(sweep.config.recover.space.middle())
     recoveries = []
-    for number, (loss, failed) in enumerate([(0.125, None), (None, "its loss is not a number")]):
+    states: list[Any] = ["complete", "stopped", "failed"]
+    for number, state in enumerate(states):
         name = f"0-{number}-abc"
+        measured = [Measured(part=0.25, fidelity_loss=0.25), Measured(part=1, fidelity_loss=0.125)]
         recovery = Recovery(
             budget="60pct", trial=name, student=layout.finalist("tiny", "60pct", name), finalist=0,
             plan=uniform_plan("qwen_image", 6, 3), schedule=schedule, loss_before=0.5,
-            fidelity_loss=loss, failed=failed, seconds=6.0,
+            measured=tuple(measured[: 2 - number]), state=state,
+            fidelity_loss=0.125 if state == "complete" else None,
+            failed="its loss is not a number" if state == "failed" else None, seconds=6.0,
         )  # fmt: skip
         recoveries.append(recovery.model_dump(mode="json"))
-    prefix = layout.recovery("tiny", "60pct", "0-0-abc")
-    publish(sweep.store, prefix, {LOSSES: json.dumps(TRAINING).encode()})
+    trained(sweep, "0-0-abc", 1, TRAINING)
+    trained(sweep, "0-1-abc", 0.25, TRAINING[:1])
     done(sweep, "recover", {"recoveries": recoveries})
     return sweep
 
@@ -91,6 +95,13 @@ def search(sweep: Sweep, found: list[tuple[Any, int, float | None]]) -> None:
     ]  # fmt: skip
     save_trials(sweep.store, layout.search(sweep.name), trials)
     done(sweep, "search", {})
+
+
+def trained(sweep: Sweep, name: str, part: float, losses: list[float]) -> None:
+    space = sweep.config.recover.space
+    steps = steps_until(part, space.schedule(space.middle()))
+    prefix = layout.measured("tiny", "60pct", name, steps)
+    publish(sweep.store, prefix, {LOSSES: json.dumps(losses).encode()})
 
 
 def published_student(sweep: Sweep) -> None:
@@ -163,17 +174,20 @@ def test_tensorboard_shows_trials_by_origin_and_recoveries_step_by_step(sweep: S
     runs = board(sweep)
     assert set(runs) == {
         "tiny/search/60pct/exact", "tiny/search/60pct/tpe", "tiny/recovery/60pct/0-0-abc",
-        "tiny/recovery/60pct/0-1-abc", "tiny/published/60pct", "tiny/stages/search",
-        "tiny/stages/recover", "tiny/stages/publish",
+        "tiny/recovery/60pct/0-1-abc", "tiny/recovery/60pct/0-2-abc", "tiny/published/60pct",
+        "tiny/stages/search", "tiny/stages/recover", "tiny/stages/publish",
     }  # fmt: skip
     tpe = runs["tiny/search/60pct/tpe"]
     assert scalars(tpe, "fidelity_loss") == [(2, 0.25)]
     assert scalars(tpe, "parameters") == [(1, 2000.0), (2, 4000.0)]
     recovery = runs["tiny/recovery/60pct/0-0-abc"]
     assert scalars(recovery, "loss") == list(enumerate(TRAINING, start=1))
-    assert scalars(recovery, "fidelity_loss") == [(3, 0.125)]
+    assert [value for _, value in scalars(recovery, "fidelity_loss")] == [0.5, 0.25, 0.125]
+    stopped = runs["tiny/recovery/60pct/0-1-abc"]
+    assert [value for _, value in scalars(stopped, "loss")] == TRAINING[:1]
     assert set(hparams(recovery)) >= {"1 span steps", "2 velocity lr", "budget"}
     assert recovery[-1].wall_time == STARTED.timestamp() + 6
+    assert recovery[-1].step == len(TRAINING)
     student = runs["tiny/published/60pct"]
     assert scalars(student, "judge_score/overall") == [(0, 0.75)]
     assert scalars(runs["tiny/stages/recover"], "seconds") == [(0, 2.0)]
@@ -185,8 +199,8 @@ def test_mlflow_holds_a_run_for_every_result(sweep: Sweep, uri: str) -> None:
     found = {run.info.run_name: run for run in rows(uri)}
     assert set(found) == {
         "tiny/search/0", "tiny/search/1", "tiny/search/2", "tiny/recovery/60pct/0-0-abc",
-        "tiny/recovery/60pct/0-1-abc", "tiny/published/60pct", "tiny/stages/search",
-        "tiny/stages/recover", "tiny/stages/publish",
+        "tiny/recovery/60pct/0-1-abc", "tiny/recovery/60pct/0-2-abc", "tiny/published/60pct",
+        "tiny/stages/search", "tiny/stages/recover", "tiny/stages/publish",
     }  # fmt: skip
     trial = found["tiny/search/2"]
     assert trial.data.metrics == {
@@ -201,7 +215,10 @@ def test_mlflow_holds_a_run_for_every_result(sweep: Sweep, uri: str) -> None:
     assert failed.info.status == "FAILED"
     assert "fidelity loss" not in failed.data.metrics
     assert found["tiny/published/60pct"].data.metrics["judge score/counting"] == 0.5
-    assert "not a number" in found["tiny/recovery/60pct/0-1-abc"].data.tags["mlflow.note.content"]
+    recoveries = [found[f"tiny/recovery/60pct/0-{n}-abc"] for n in range(3)]
+    assert [run.info.status for run in recoveries] == ["FINISHED", "KILLED", "FAILED"]
+    assert [run.data.metrics["fidelity loss"] for run in recoveries] == [0.125, 0.25, 0.5]
+    assert "not a number" in recoveries[2].data.tags["mlflow.note.content"]
     assert curve(uri, found["tiny/recovery/60pct/0-0-abc"].info.run_id) == TRAINING
 
 
@@ -257,11 +274,10 @@ def test_another_search_of_the_sweep_replaces_its_series_and_joins_its_runs(
 
 
 def test_long_loss_curves_reach_mlflow_whole(sweep: Sweep, uri: str) -> None:
-    prefix = layout.recovery("tiny", "60pct", "0-1-abc")
     long = [1 / (1 + step) for step in range(2300)]
-    publish(sweep.store, prefix, {LOSSES: json.dumps(long).encode()})
+    trained(sweep, "0-2-abc", 1, long)
     assert Trackers(sweep).write() == []
-    (run,) = [r for r in rows(uri) if r.info.run_name == "tiny/recovery/60pct/0-1-abc"]
+    (run,) = [r for r in rows(uri) if r.info.run_name == "tiny/recovery/60pct/0-2-abc"]
     assert curve(uri, run.info.run_id) == long
 
 
