@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from trainers.schedule import Schedule
     from trainers.students.plan import Plan
 
-READING = (
+PLAN_READING = (
     "Own blocks are the teacher’s, kept as they are; merge depth is where the merged ones lie on "
     "average, from the first block (0%) to the last (100%)."
 )
 """What the names of a plan's features mean."""
+SCHEDULE_READING = "Phases are numbered, and named by what they match; lr is the learning rate."
+"""The same of a schedule's."""
 
 
 def plan_features(plan: Plan) -> dict[str, int | float]:

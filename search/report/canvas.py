@@ -75,9 +75,20 @@ def figure(width: int, height: int, theme: Theme) -> Figure:
     return Figure(figsize=size, facecolor=theme.surface, layout="constrained")
 
 
-def axes(drawn: Figure, theme: Theme, *, grid: Literal["x", "y", "both"] | None = None) -> Axes:
-    """The one pair of axes of a figure: open frame, quiet ticks, lines at those of `grid`."""
-    ax = drawn.add_subplot()
+def axes(
+    drawn: Figure,
+    theme: Theme,
+    *,
+    grid: Literal["x", "y", "both"] | None = None,
+    panel: tuple[int, int] = (1, 1),
+) -> Axes:
+    """A pair of axes: open frame, quiet ticks, lines at those of `grid`.
+
+    The only one of the figure, or that of one `panel`: its place from the left, counted from 1, and
+    how many there are.
+    """
+    place, panels = panel
+    ax = drawn.add_subplot(1, panels, place)
     ax.set_facecolor(theme.surface)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

@@ -14,7 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from search.features import READING, plan_features, schedule_features
+from search.features import (
+    PLAN_READING,
+    SCHEDULE_READING,
+    plan_features,
+    schedule_features,
+)
 from search.report.canvas import POINTS, Drawing, Theme, axes, figure, legend
 from search.report.data import ReportData
 from search.report.words import count, loss, percent, tier
@@ -175,8 +180,8 @@ def _parallel(each: Choices, name: str, what: str) -> Drawing:
             f"Each line is one of the {len(rows)} {what} for {each.asked}, from what was chosen at "
             f"the left to its {each.loss} at the right; the stronger its colour, the lower its "
             "loss. The thick line is the best. Where strong lines run together, good "
-            f"{what} have that choice in common."
-            + (f" {READING}" if "merge depth" in rows[0] else "")
+            f"{what} have that choice in common. "
+            + (PLAN_READING if what == "plans" else SCHEDULE_READING)
             + (f" The same in all: {alike}." if alike else "")
         ),
         draw=lambda theme: _draw_parallel(rows, varied, each, theme),
@@ -214,7 +219,7 @@ def _draw_parallel(
                 color=theme.muted, fontsize=11.5 * POINTS,
             )  # fmt: skip
     ax.set(xlim=(-0.4, len(varied) - 0.6), ylim=(-0.1, 1.1))
-    ax.set_xticks(range(len(varied)), [name.replace(" ", "\n", 1) for name in varied])
+    ax.set_xticks(range(len(varied)), ["\n".join(name.rsplit(" ", 1)) for name in varied])
     ax.tick_params(axis="x", colors=theme.ink, labelsize=12 * POINTS)
     _bare(ax)
     return drawn

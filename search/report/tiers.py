@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from search.report.canvas import Drawing, Theme, axes, figure, label, legend, plain_log
+from search.report.canvas import Drawing, Theme, axes, figure, label, legend
 from search.report.data import ReportData, TierPair, tier_pairs
 from search.report.words import tier
 
@@ -40,10 +40,12 @@ def _drawing(data: ReportData, pairs: list[TierPair]) -> Drawing:
 
 
 def _draw(data: ReportData, pairs: list[TierPair], theme: Theme) -> Figure:
-    drawn = figure(540, 430, theme)
-    ax = axes(drawn, theme, grid="both")
+    """A panel a budget: budgets lie too far apart for the order within one to be seen."""
+    drawn = figure(max(540, 300 * len(pairs)), 330, theme)
     labels = [budget.label for budget in data.budgets]
-    for pair in pairs:
+    lower, upper = (f"fidelity loss {tier(part)}" for part in (pairs[0].lower, pairs[0].upper))
+    for number, pair in enumerate(pairs, start=1):
+        ax = axes(drawn, theme, grid="both", panel=(number, len(pairs)))
         place = labels.index(pair.budget)
         before, after = zip(*pair.points, strict=True)
         ax.scatter(
@@ -51,11 +53,8 @@ def _draw(data: ReportData, pairs: list[TierPair], theme: Theme) -> Figure:
             facecolor=theme.series[place % len(theme.series)],
             label=f"for {data.budgets[place].asked}, rho {pair.spearman:.2f}",
         )  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    plain_log(ax.xaxis)
-    plain_log(ax.yaxis)
-    lower, upper = (f"fidelity loss {tier(part)}" for part in (pairs[0].lower, pairs[0].upper))
-    label(ax, theme, lower, upper)
-    legend(ax, theme, columns=2)
+        ax.margins(0.12)
+        ax.locator_params(nbins=4)
+        label(ax, theme, lower, upper if number == 1 else "")
+        legend(ax, theme)
     return drawn

@@ -53,5 +53,5 @@ def span(first: int, last: int) -> str:
 
 
 def tier(part: float) -> str:
-    """When a fidelity loss was measured, by the part of the schedule: 0.25 -> "after 25%"."""
-    return "as assembled" if part == 0 else f"after {percent(part)}"
+    """When in a recovery a loss was measured, by the part of its schedule: 0.25 -> "at 25%"."""
+    return {0.0: "as assembled", 1.0: "at the end"}.get(part, f"at {percent(part)}")
