@@ -30,6 +30,7 @@ Choice = str | int | float
 class Run:
     """One result of a sweep: a trial, a recovery, a published student, or a stage's cost."""
 
+    kind: Literal["search", "recovery", "published", "stages"]
     key: str
     """Names it for ever: equal exactly for the same result."""
     name: str
@@ -67,6 +68,7 @@ def runs_of(sweep: Sweep) -> list[Run]:
 def _cost(sweep: Sweep, record: StageRecord) -> Run:
     name = f"{sweep.name}/stages/{record.stage}"
     return Run(
+        kind="stages",
         key=_key(sweep, "stage", record.stage, record.digest, record.started.isoformat()),
         name=name,
         series=name,
@@ -82,6 +84,7 @@ def _cost(sweep: Sweep, record: StageRecord) -> Run:
 def _trials(sweep: Sweep, record: StageRecord) -> list[Run]:
     return [
         Run(
+            kind="search",
             key=_key(sweep, "trial", record.digest, trial.number),
             name=f"{sweep.name}/search/{trial.number}",
             series=f"{sweep.name}/search/{trial.budget}/{trial.origin}",
@@ -115,6 +118,7 @@ def _recoveries(sweep: Sweep, record: StageRecord) -> list[Run]:
         ]
         made.append(
             Run(
+                kind="recovery",
                 key=_key(sweep, "recovery", record.digest, recovery.budget, recovery.trial),
                 name=name,
                 series=name,
@@ -159,6 +163,7 @@ def _students(sweep: Sweep, record: StageRecord) -> list[Run]:
         judged = {} if verdict is None else {"overall": verdict.overall, **verdict.families}
         made.append(
             Run(
+                kind="published",
                 key=_key(sweep, "student", record.digest, recovery.budget),
                 name=name,
                 series=name,

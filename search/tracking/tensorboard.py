@@ -60,17 +60,17 @@ def _events(runs: Sequence[Run]) -> Iterable[Event]:
         begun, ended = run.started.timestamp(), run.started.timestamp() + run.seconds
         # Choices have their place in TensorBoard's table where a series is one run.
         if run.curves:
-            last = {_tag(name): curve[-1][1] for name, curve in run.curves.items() if curve}
+            last = {_tag(run, name): curve[-1][1] for name, curve in run.curves.items() if curve}
             for summary in hparams(dict(run.choices), last):
                 yield Event(wall_time=begun, summary=summary)
         for name, curve in run.curves.items():
             for step, value in curve:
                 when = begun + run.seconds * step / max(run.step, 1)
-                yield Event(wall_time=when, step=step, summary=scalar(_tag(name), value))
+                yield Event(wall_time=when, step=step, summary=scalar(_tag(run, name), value))
         for name, value in run.results.items():
-            yield Event(wall_time=ended, step=run.step, summary=scalar(_tag(name), value))
+            yield Event(wall_time=ended, step=run.step, summary=scalar(_tag(run, name), value))
 
 
-def _tag(name: str) -> str:
-    """As TensorBoard's tags are written, without spaces."""
-    return name.replace(" ", "_")
+def _tag(run: Run, name: str) -> str:
+    """A chart of its own for every kind: a step is a trial in one and an optimizer's in another."""
+    return f"{run.kind}/{name}".replace(" ", "_")

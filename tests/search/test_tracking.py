@@ -178,19 +178,19 @@ def test_tensorboard_shows_trials_by_origin_and_recoveries_step_by_step(sweep: S
         "tiny/stages/search", "tiny/stages/recover", "tiny/stages/publish",
     }  # fmt: skip
     tpe = runs["tiny/search/60pct/tpe"]
-    assert scalars(tpe, "fidelity_loss") == [(2, 0.25)]
-    assert scalars(tpe, "parameters") == [(1, 2000.0), (2, 4000.0)]
+    assert scalars(tpe, "search/fidelity_loss") == [(2, 0.25)]
+    assert scalars(tpe, "search/parameters") == [(1, 2000.0), (2, 4000.0)]
     recovery = runs["tiny/recovery/60pct/0-0-abc"]
-    assert scalars(recovery, "loss") == list(enumerate(TRAINING, start=1))
-    assert [value for _, value in scalars(recovery, "fidelity_loss")] == [0.5, 0.25, 0.125]
+    assert scalars(recovery, "recovery/loss") == list(enumerate(TRAINING, start=1))
+    assert [value for _, value in scalars(recovery, "recovery/fidelity_loss")] == [0.5, 0.25, 0.125]
     stopped = runs["tiny/recovery/60pct/0-1-abc"]
-    assert [value for _, value in scalars(stopped, "loss")] == TRAINING[:1]
+    assert [value for _, value in scalars(stopped, "recovery/loss")] == TRAINING[:1]
     assert set(hparams(recovery)) >= {"1 span steps", "2 velocity lr", "budget"}
     assert recovery[-1].wall_time == STARTED.timestamp() + 6
     assert recovery[-1].step == len(TRAINING)
     student = runs["tiny/published/60pct"]
-    assert scalars(student, "judge_score/overall") == [(0, 0.75)]
-    assert scalars(runs["tiny/stages/recover"], "seconds") == [(0, 2.0)]
+    assert scalars(student, "published/judge_score/overall") == [(0, 0.75)]
+    assert scalars(runs["tiny/stages/recover"], "stages/seconds") == [(0, 2.0)]
 
 
 def test_mlflow_holds_a_run_for_every_result(sweep: Sweep, uri: str) -> None:
