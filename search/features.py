@@ -23,7 +23,8 @@ SCHEDULE_READING = "Phases are numbered, and named by what they match; lr is the
 
 
 def plan_features(plan: Plan) -> dict[str, int | float]:
-    """Integers are counts, at most the teacher's blocks; the others are shares, in [0, 1].
+    """Integers are counts, at most the teacher's blocks; the others are shares, in [0, 1], to four
+    digits.
 
     `merge depth` is where the merged teacher blocks lie on average, 0 the first block and 1 the
     last; one half when none is merged.
@@ -34,8 +35,8 @@ def plan_features(plan: Plan) -> dict[str, int | float]:
         "blocks": len(plan.blocks),
         "own blocks": sum(block.untouched for block in plan.blocks),
         "longest span": max(block.length for block in plan.blocks),
-        "merge depth": statistics.fmean(merged) / last if merged else 0.5,
-        "FFN kept": statistics.fmean(block.kept for block in plan.blocks),
+        "merge depth": round(statistics.fmean(merged) / last, 4) if merged else 0.5,
+        "FFN kept": round(statistics.fmean(block.kept for block in plan.blocks), 4),
         "text given up": sum(block.text != "dual" for block in plan.blocks),
     }
 
