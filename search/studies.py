@@ -153,7 +153,8 @@ def _frozen(trial: Trial) -> optuna.trial.FrozenTrial:
             "plan": trial.plan.digest,
             "in words": in_words(trial.plan),
         }
-        | ({} if whole else {"failed": "its fidelity loss is not a number"}),
+        | ({} if trial.expected is None else {"expected": trial.expected})
+        | ({} if trial.failed is None else {"failed": trial.failed}),
     )
     # Scored just now; the timeline shows for how long.
     frozen.datetime_complete = datetime.now()

@@ -50,6 +50,7 @@ def trial(number: int, loss: float | None = 0.25) -> Trial:
         fidelity_loss=loss,
         seconds=0.1,
         state="failed" if loss is None else "complete",
+        failed="its velocity is not a number" if loss is None else None,
     )
 
 
