@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from search.ranks import rank_correlation
+from search.samplers import Sampler
 from search.tiers import Candidate, Finalist, Race, Rules, Run
 from storage import layout
 from storage.digest import digest_json
@@ -66,6 +67,10 @@ class RecoverConfig(Section):
     candidates again then go on from it, once; and as many more finalists are recovered, when it is
     the fidelity loss as assembled. Measured where three or more have come through both; at -1
     nothing is widened."""
+
+    sampler: Sampler = "tpe"
+    """Which of Optuna's samplers proposes a finalist's schedules after the first: `tpe`, `nsga2`,
+    `nsga3`, `gp` or `random`."""
 
     space: ScheduleSpace = ScheduleSpace()
     """The schedules to choose among. The first one tried is in the middle of every range."""
@@ -275,7 +280,14 @@ def recover_finalists(
         sweep, teacher, store, options, encoding, replacements, config, share, probe, seed
     )
     book = Book(grounds)
-    rules = Rules(config.finalists, config.schedules, len(config.tiers), config.keep, config.widen)
+    rules = Rules(
+        config.finalists,
+        config.schedules,
+        len(config.tiers),
+        config.keep,
+        config.widen,
+        config.sampler,
+    )
     by_budget: dict[str, list[Finalist]] = {}
     for finalist in finalists:
         by_budget.setdefault(finalist.budget, []).append(finalist)

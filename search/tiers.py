@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from search.ranks import rank_correlation
-from search.samplers import make_sampler
+from search.samplers import Sampler, make_sampler
 from storage.digest import digest_json
 from trainers.schedule import Schedule, ScheduleSpace
 from trainers.students.plan import Plan
@@ -77,6 +77,8 @@ class Rules:
     """Part of a tier's candidates that goes on, at least one."""
     widen: float
     """Rank correlation of two tiers below which as many again go on from the lower."""
+    sampler: Sampler = "tpe"
+    """Proposes schedules."""
 
     def promoted(self, count: int) -> int:
         """Of so many candidates, how many go on."""
@@ -114,13 +116,14 @@ class Lane:
     first tier."""
 
     def __init__(
-        self, finalist: Finalist, space: ScheduleSpace, count: int, seed: int, last: bool
+        self, finalist: Finalist, space: ScheduleSpace, rules: Rules, seed: int, last: bool
     ) -> None:
         """`last`: whether the first tier is also the last."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.finalist, self.count = finalist, count
+        self.finalist, self.count = finalist, rules.schedules
+        self._sampler = rules.sampler
         self._space, self._seed, self._last = space, seed, last
         self._study = optuna.create_study(direction="minimize")
         self._study.enqueue_trial(space.middle())
@@ -148,7 +151,7 @@ class Lane:
     def _propose(self) -> None:
         number = len(self.candidates)
         mixed = digest_json([self._seed, self.finalist.budget, self.finalist.rank, number])
-        self._study.sampler = make_sampler("tpe", seed=int(mixed[:8], 16), startup=3)
+        self._study.sampler = make_sampler(self._sampler, seed=int(mixed[:8], 16), startup=3)
         self._asked = self._study.ask()
         choice: dict[str, float] = {}
         for name, (low, high) in self._space.ranges().items():
@@ -193,9 +196,7 @@ class Race:
         halts = rules.promoted(self._count) < self._count
         self.tiers: tuple[int, ...] = tuple(range(0 if halts else rules.tiers - 1, rules.tiers))
         """Numbers of the tiers that are run, of those there are."""
-        self._lanes = [
-            Lane(f, space, rules.schedules, seed, len(self.tiers) == 1) for f in finalists
-        ]
+        self._lanes = [Lane(f, space, rules, seed, len(self.tiers) == 1) for f in finalists]
         self._taken: set[Run] = set()
 
     @property

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from optuna.trial import TrialState
 
+from search.samplers import SAMPLERS, Sampler
 from search.tiers import Candidate, Finalist, Race, Rules, Run, climbers
 from trainers.schedule import PhaseSpace, Schedule, ScheduleSpace
 from trainers.students.plan import BlockPlan, Plan
@@ -159,6 +161,26 @@ def test_more_finalists_come_in_when_their_scores_as_assembled_mislead() -> None
     assert entered(-0.01) == {0, 1, 2, 3, 4, 5}
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_goes_on_after_what_was_stopped_failed_and_ended(sampler: Sampler) -> None:
+    """What is suggested, told as complete, pruned or failed, and restored, is the same for all."""
+
+    def losses(_: int, number: int, tier: int) -> float | None:
+        return None if number == 3 else 0.1 + 0.01 * (number * 7 % 5) - 0.05 * tier
+
+    for rules in (Rules(1, 8, 2, 0.34, -1, sampler), Rules(1, 8, 1, 1, -1, sampler)):
+        plain = Bench(losses, rules)
+        wanted = plain.run(plain.race())
+        assert len({s.model_dump_json() for s in schedules(wanted)}) == 8
+        cut = Bench(losses, rules)
+        cut.run(cut.race(), most=5)
+        assert schedules(cut.run(cut.race())) == schedules(wanted)
+        told = [trial.state for trial in wanted._lanes[0]._study.trials]
+        halted = TrialState.PRUNED if rules.tiers == 2 else TrialState.COMPLETE
+        assert told == [TrialState.FAIL if n == 3 else halted for n in range(8)]
+
+
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 200), st.integers(1, 5), st.integers(0, 20))
 def test_a_race_is_the_same_however_many_run_at_once_and_wherever_it_is_cut_off(
     seed: int, at_once: int, cut: int

@@ -88,7 +88,8 @@ def search(sweep: Sweep, found: list[tuple[Any, int, float | None]]) -> None:
     trials = [
         Trial(
             number=number, budget="60pct", origin=origin, parameters=1000 * blocks, damage=0.5,
-            plan=uniform_plan("qwen_image", 6, blocks), expected=None, fidelity_loss=loss, seconds=0.5,
+            plan=uniform_plan("qwen_image", 6, blocks), expected=None, fidelity_loss=loss,
+            seconds=0.5,
             state="failed" if loss is None else "complete",
         )
         for number, (origin, blocks, loss) in enumerate(found)
