@@ -21,7 +21,6 @@ from psutil import Process
 
 from cluster.cli.common import open_config
 from cluster.connect import connected
-from search.proposals import Target
 from search.score import Bench
 from search.stages.library import library_prefixes
 from search.trials import Trial, library_space, run_search
@@ -72,7 +71,7 @@ def main() -> None:
         try:
             trials = run_search(
                 library_space(sweep.teacher, Library(sweep.store, prefixes)),
-                [Target(label, limit) for label, limit in sweep.limits.items()],
+                sweep.targets,
                 bench,
                 sweep.config.search.model_copy(update={"trials": options.trials}),
                 sweep.store,

@@ -53,7 +53,7 @@ def main() -> None:
 def step_time(sweep: Sweep, batch: int, steps: int) -> float:
     """Seconds of one velocity step of the first budget's published plan, freshly cut."""
     family, teacher = sweep.teacher.family, sweep.teacher.transformer()
-    label = next(iter(sweep.limits))
+    label = sweep.config.budgets[0].label
     with sweep.store.read(f"{layout.best(label)}/plan.json") as stream:
         plan = Plan.from_json(stream.read())
     first = tuple(block.model_copy(update={"start": "first"}) for block in plan.blocks)

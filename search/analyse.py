@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from search.solver import Piece, damages_through
-from search.space import Space
+from search.budget import Target
+from search.solver import damages_through
+from search.space import priced_space
 from storage.errors import DamagedError
 from storage.manifest import publish, published, read_bytes, read_json
 from storage.section import Section
 from storage.store import Store
-from trainers.students.families import family_named
+from trainers.measure import Table
 from trainers.students.families.base import Config
 from trainers.students.plan import BlockPlan, Plan
 
@@ -132,30 +133,26 @@ def nominate(
     damages: dict[BlockPlan, float],
     family: str,
     config: Config,
-    limits: Sequence[int],
+    targets: Sequence[Target],
     most: int,
     plans: Sequence[Plan] = (),
+    table: Table | None = None,
 ) -> list[BlockPlan]:
-    """The replacements that a library should hold for students of at most `limits` parameters.
+    """The replacements that a library should hold for students within the budgets of `targets`.
 
     First what `plans` and the best plan of each budget need, however many that
     are, so that each budget can be met; then, up to `most`, those whose best plan comes closest to
     the best of all: a replacement's regret is the damage that a plan at least takes on by using it,
     relative to the best plan under the same budget, and its lowest over the budgets counts.
     """
-    known = family_named(family)
-    space = Space(
-        family,
-        known.blocks(config),
-        known.outside_parameters(config),
-        {b: Piece(d, known.block_parameters(config, b)) for b, d in damages.items()},
-    )
+    whole = priced_space(family, config, damages, table)
     chosen = dict.fromkeys(b for plan in plans for b in plan.blocks if not b.untouched)
     regrets: dict[BlockPlan, float] = {}
-    for limit in limits:
-        for plan in space.exact(limit):
+    for target in targets:
+        space = whole.within(target.currency)
+        for plan in space.exact(target.room):
             chosen |= dict.fromkeys(block for block in plan.blocks if not block.untouched)
-        through = damages_through(space.pieces, space.teacher_blocks, space.outside, limit)
+        through = damages_through(space.pieces, space.teacher_blocks, space.outside, target.room)
         best = min(through.values())
         for block, damage in through.items():
             regret = (damage - best) / best if best > 0 else damage

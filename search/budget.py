@@ -1,18 +1,44 @@
-"""Wanted sizes: `10B`, `600M`, a plain count, or a fraction of the teacher as `0.5` or `50%`."""
+"""Wanted sizes: parameters (`10B`, `600M`), peak memory (`12GiB`), latency (`350ms`), or a part of
+the teacher's (`50%`, `60% memory`, `60% latency`)."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from pydantic import model_serializer, model_validator
 
 from storage.errors import EspalierError
 from storage.section import Section
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-_WRITTEN = re.compile(r"(\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)\s*([KkMmBb%]?)")
+Currency = Literal["parameters", "memory", "latency"]
+"""What a budget is counted in, always in whole numbers: parameters, bytes, microseconds."""
+
+CURRENCIES: tuple[Currency, ...] = get_args(Currency)
+
+WHOLE_UNITS: dict[Currency, str] = {
+    "parameters": "parameters",
+    "memory": "bytes of peak memory",
+    "latency": "µs of latency",
+}
+
+# Largest first: the shortest written form has the largest unit.
+_UNITS: dict[Currency, dict[str, int]] = {
+    "parameters": {"B": 10**9, "M": 10**6, "K": 10**3, "": 1},
+    "memory": {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10},
+    "latency": {"s": 10**6, "ms": 10**3, "us": 1},
+}
+_OF_UNIT = {
+    unit.upper(): (currency, size)
+    for currency, units in _UNITS.items()
+    for unit, size in units.items()
+}
+_LEAST = {currency: min(units.values()) for currency, units in _UNITS.items()}
+_WRITTEN = re.compile(
+    r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*(%?)\s*([a-z]*)", re.IGNORECASE | re.ASCII
+)
 
 
 class BudgetError(EspalierError):
@@ -20,16 +46,21 @@ class BudgetError(EspalierError):
 
 
 class Budget(Section):
-    """The parameters that a student may have at most.
+    """What a student may cost at most, in one currency.
 
-    Written as `10B`, `600M`, a count, or a fraction of the teacher (`0.5`, `50%`); that form is
-    also what it is validated from and dumped to.
+    Parameters are written as `10B`, `600M` or a count; the peak memory of a forward pass as `12GiB`
+    (or MiB, KiB); its latency as `350ms` (or s, us); a part of the teacher's as `0.5` or `50%` of
+    its parameters, `60% memory` or `60% latency`. That form is also what it is validated from and
+    dumped to.
     """
 
+    currency: Currency = "parameters"
+    """What is counted."""
     count: int | None = None
-    """Parameters; null when a fraction is given."""
+    """In the whole unit of the currency (parameters, bytes, microseconds); null when a fraction is
+    given."""
     fraction: float | None = None
-    """Part of the teacher's parameters, in (0, 1]; null when a count is given."""
+    """Part of what the teacher costs, in (0, 1]; null when a count is given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -49,29 +80,53 @@ class Budget(Section):
     def _written(self) -> str:
         return self.asked
 
-    def limit(self, teacher_parameters: int) -> int:
-        """The most parameters a student of this teacher may have."""
+    def limit(self, teacher: int) -> int:
+        """The most that a student may cost, where the teacher costs `teacher`."""
         if self.count is not None:
             return self.count
         assert self.fraction is not None
-        return math.floor(self.fraction * teacher_parameters)
+        return math.floor(self.fraction * teacher)
 
     @property
     def asked(self) -> str:
-        """The shortest written form: `10B`, `1.5M`, `50%`."""
+        """The shortest written form: `10B`, `1.5GiB`, `350ms`, `50%`, `60% latency`."""
         if self.fraction is not None:
-            return f"{100 * self.fraction:.10g}%"
+            of = "" if self.currency == "parameters" else f" {self.currency}"
+            return f"{100 * self.fraction:.10g}%{of}"
         assert self.count is not None
-        for letter in ("B", "M", "K"):
-            scaled = f"{self.count / _UNITS[letter]:.10g}"
-            if self.count >= _UNITS[letter] and len(scaled) <= 5:
-                return f"{scaled}{letter}"
-        return str(self.count)
+        for unit, size in _UNITS[self.currency].items():
+            scaled = f"{self.count / size:.10g}"
+            whole = round(float(scaled) * size) == self.count
+            if self.count >= size and len(scaled) <= 5 and "e" not in scaled and whole:
+                return f"{scaled}{unit}"
+        return f"{self.count // size}{unit}"
 
     @property
     def label(self) -> str:
-        """Names folders and columns: `10B`, `50pct`. Equal for equal budgets."""
-        return self.asked.replace("%", "pct")
+        """Names folders and columns: `10B`, `50pct`, `60pct-latency`. Equal for equal budgets."""
+        return self.asked.replace("% ", "pct-").replace("%", "pct")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A budget as a search meets it."""
+
+    label: str
+    limit: int
+    """What a student may cost, in the whole unit of the currency."""
+    currency: Currency = "parameters"
+    margin: float = 0.0
+    """Part of the limit that proposals leave free, see trainers.measure.MeasureConfig."""
+
+    @property
+    def room(self) -> int:
+        """What a plan may be predicted to cost."""
+        # A little more, so that a whole number stays what it is.
+        return math.floor((1 - self.margin) * self.limit + 1e-6)
+
+    def over(self, cost: int) -> float:
+        """By which part of the limit a cost exceeds it; negative below."""
+        return cost / self.limit - 1
 
 
 def parse_budget(written: str | float) -> Budget:
@@ -82,35 +137,41 @@ def parse_budget(written: str | float) -> Budget:
         raise BudgetError(f"budget {error}") from None
 
 
-def check_reachable(budget: Budget, teacher_parameters: int, smallest: int) -> int:
-    """The budget's limit; BudgetError unless a plan of `smallest` parameters fits under it."""
-    limit = budget.limit(teacher_parameters)
+def check_reachable(budget: Budget, teacher: int, smallest: int) -> int:
+    """The budget's limit; BudgetError unless a plan that costs `smallest` fits under it and the
+    teacher, which costs `teacher`, does not lie below it."""
+    limit, unit = budget.limit(teacher), WHOLE_UNITS[budget.currency]
     if limit < smallest:
         raise BudgetError(
-            f"budget {budget.asked} allows {limit:,} parameters, but the smallest reachable "
-            f"student has {smallest:,} ({smallest / teacher_parameters:.1%} of the teacher); ask "
+            f"budget {budget.asked} allows {limit:,} {unit}, but the smallest reachable "
+            f"student has {smallest:,} ({smallest / teacher:.1%} of the teacher); ask "
             "for more, or allow longer spans (library.max_span) or narrower blocks "
             "(library.widths, library.texts)"
         )
-    if limit > teacher_parameters:
+    if limit > teacher:
         raise BudgetError(
-            f"budget {budget.asked} allows {limit:,} parameters, more than the teacher's "
-            f"{teacher_parameters:,}; ask for less"
+            f"budget {budget.asked} allows {limit:,} {unit}, more than the teacher's "
+            f"{teacher:,}; ask for less"
         )
     return limit
 
 
-def _parsed(written: str) -> dict[str, int | float]:
+def _parsed(written: str) -> dict[str, Any]:
     match = _WRITTEN.fullmatch(written.strip().replace("_", "").replace(",", ""))
-    if match:
-        number, unit = float(match[1]), match[2].upper()
-        fraction = number / 100 if unit == "%" else number
-        if (unit == "%" or not unit) and 0 < fraction <= 1:
-            return {"fraction": fraction}
-        count = round(number * _UNITS.get(unit, 0))
-        if count >= 1 and unit != "%" and (unit or number == count):
-            return {"count": count}
+    number, percent, word = (float(match[1]), match[2], match[3]) if match else (0.0, "", "-")
+    currency = word.lower() or "parameters"
+    # Ten digits are what `asked` can say.
+    fraction = round(number / 100 if percent else number, 10)
+    if (percent or not word) and currency in CURRENCIES and 0 < fraction <= 1:
+        return {"currency": currency, "fraction": fraction}
+    if not percent and word.upper() in _OF_UNIT:
+        currency, size = _OF_UNIT[word.upper()]
+        least = _LEAST[currency]
+        count = round(number * size / least) * least
+        if count >= 1 and (word or number == count):
+            return {"currency": currency, "count": count}
     raise ValueError(
-        f"{written!r}: not a size; write a number of parameters (10B, 600M) or a part of the "
-        "teacher above 0 and up to 1 (0.5, 50%)"
+        f"{written!r}: not a size; write a number of parameters (10B, 600M), peak memory (12GiB), "
+        "latency (350ms), or a part of the teacher's above 0 and up to 100% (0.5, 50%, 60% memory, "
+        "60% latency)"
     )

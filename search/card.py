@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.report import words
 from search.report.data import Provenance, Scores, StageCost, StudentFacts, TeacherFacts, kept
 from search.report.loading import loading
 from search.report.plan_picture import READING, in_words, plan_png
@@ -36,6 +37,8 @@ class CardFacts:
     costs: tuple[StageCost, ...] = ()
     """Of the stages up to this one."""
     sampling: Mapping[str, int | float] = field(default_factory=dict)
+    measured_on: str = ""
+    """Where latency and memory were measured, and on what."""
     caption: str = "a lighthouse at dusk"
     """The example that the loading lines draw."""
     base_model: str | None = None
@@ -121,15 +124,24 @@ def _title(facts: CardFacts) -> str:
 
 def _sizes(facts: CardFacts) -> str:
     student, teacher = facts.student, facts.teacher
-    return _table(
+    measured: list[tuple[str, str, str]] = []
+    if student.cost is not None and teacher.cost is not None:
+        costs = teacher.cost, student.cost
+        whole, small = (words.latency(cost.latency) for cost in costs)
+        measured.append(("latency of a forward pass", whole, small))
+        whole, small = (words.memory(cost.memory) for cost in costs)
+        measured.append(("peak memory of a forward pass", whole, small))
+    table = _table(
         ("", "teacher", "student"),
         [
             ("parameters", f"{teacher.parameters:,}", f"{student.parameters:,}"),
             ("blocks", str(teacher.blocks), str(len(student.plan.blocks))),
             ("fidelity loss, assembled from the library", "0", loss(student.loss_before)),
             ("fidelity loss, after recovery", "0", loss(student.loss_after)),
+            *measured,
         ],
     )
+    return f"{table}\n\nMeasured {facts.measured_on}." if measured else table
 
 
 def _scores(student: Scores, teacher: Scores | None) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from search.analyse import AnalyseConfig
-from search.budget import Budget
+from search.budget import Budget, Currency
 from search.judging import JudgeConfig
+from search.objectives import measured
 from search.recover import RecoverConfig
 from search.tracking.config import TrackConfig
 from search.trials import SearchConfig
@@ -16,6 +17,7 @@ from storage.section import Section
 from storage.store import StoreOptions
 from trainers.data.sources import DataConfig
 from trainers.library.config import LibraryConfig
+from trainers.measure import MeasureConfig
 from trainers.students.plan import Plan
 
 
@@ -35,7 +37,8 @@ class SweepConfig(Section):
     """How an S3 storage is reached; credentials come from the usual AWS variables and files."""
 
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)]
-    """Wanted sizes: parameters (`10B`, `600M`) or a part of the teacher (`0.5`, `50%`)."""
+    """Wanted sizes: parameters (`10B`, `600M`), peak memory (`12GiB`), latency (`350ms`), or a part
+    of the teacher's (`50%` of its parameters, `60% memory`, `60% latency`)."""
 
     plan: Plan | None = None
     """The student itself, instead of a search for one: only its replacements are trained, and it is
@@ -52,6 +55,9 @@ class SweepConfig(Section):
 
     data: DataConfig = DataConfig()
     """The pictures and captions that students learn from."""
+
+    measure: MeasureConfig = MeasureConfig()
+    """On what latency and peak memory are measured, where a budget or an objective is one."""
 
     analyse: AnalyseConfig = AnalyseConfig()
     """How redundancy is measured, and how many replacements it may nominate."""
@@ -77,6 +83,21 @@ class SweepConfig(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"budgets: {label} is asked for twice; remove one")
+        return self
+
+    @property
+    def measured(self) -> frozenset[Currency]:
+        """The currencies that a device must measure for the budgets and objectives."""
+        asked = {b.currency for b in self.budgets if b.currency != "parameters"}
+        return frozenset(asked | measured(self.search.objectives))
+
+    @model_validator(mode="after")
+    def _every_objective_is_measured(self) -> Self:
+        if "judge_score" in (self.search.objectives or ()) and self.judge.task is None:
+            raise ValueError(
+                "search.objectives: judge_score is measured by no tier, because there is no judge; "
+                "name one as judge.task or leave judge_score out"
+            )
         return self
 
     @model_validator(mode="after")

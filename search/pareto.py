@@ -26,10 +26,11 @@ def pareto_front(
 def best_within(
     items: Iterable[Item],
     limit: int,
-    parameters: Callable[[Item], int],
+    cost: Callable[[Item], int],
     loss: Callable[[Item], float],
-    count: int = 1,
+    count: int | None = 1,
 ) -> list[Item]:
-    """The `count` items of lowest loss among those of at most `limit` parameters, best first."""
-    fitting = [item for item in items if parameters(item) <= limit]
-    return sorted(fitting, key=lambda item: (loss(item), parameters(item)))[:count]
+    """The `count` items of lowest loss among those that cost at most `limit`, best first; all of
+    them for None."""
+    fitting = [item for item in items if cost(item) <= limit]
+    return sorted(fitting, key=lambda item: (loss(item), cost(item)))[:count]

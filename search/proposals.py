@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from search.budget import Currency, Target
+from search.objectives import DEFAULT, Scored
 from search.samplers import Sampler, make_sampler
 from search.space import Space
 from search.surrogate import Surrogate
@@ -33,15 +36,6 @@ _CORRECTED = 4
 _STEPS_AWAY = 16
 """Points tried, ever farther from the one that Optuna drew, while they only give plans that were
 seen; then the solver's own order of plans is followed."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A size that plans are wanted for."""
-
-    label: str
-    limit: int
-    """Parameters."""
 
 
 Start = tuple[str, Origin, Plan]
@@ -65,7 +59,9 @@ class Proposals:
     """Proposals for one search, each plan at most once.
 
     After the starting points, the budgets take turns, each with an Optuna study of its own: what
-    makes a good plan at one size says little about another. Objectives: fidelity loss, parameters.
+    makes a good plan at one size says little about another. A plan that turns out to cost more than
+    its budget is told as one that breaks a constraint; and what plans cost more than predicted, on
+    median, is left free by those after them.
     """
 
     def __init__(
@@ -79,6 +75,7 @@ class Proposals:
         seed: int,
         plans: Sequence[Start] = (),
         sampler: Sampler = "tpe",
+        objectives: Sequence[Scored] = DEFAULT,
     ) -> None:
         """`exact`: how many of the solver's best plans a budget starts with, beside those of
         `plans` that the space holds and the budget allows."""
@@ -91,18 +88,23 @@ class Proposals:
         self._seed = seed
         self._sampler: Sampler = sampler
         self._total = trials
+        self._objectives = tuple(objectives)
         self.studies = {
-            target.label: optuna.create_study(directions=["minimize", "minimize"])
+            target.label: optuna.create_study(directions=["minimize"] * len(objectives))
             for target in targets
         }
-        self._surrogates = {target.label: Surrogate(space.pieces) for target in targets}
+        self._surrogates = {
+            target.label: Surrogate(space.within(target.currency).pieces) for target in targets
+        }
         self._drawn_last = dict.fromkeys(self.studies, False)
         self._starts = self._starting_points(exact, plans)
         self._asked: list[Proposal] = []
         self._drawn: dict[int, Mapping[str, Any]] = {}
         """What a sampler noted at the trials it drew, such as their generation."""
         self._seen: set[str] = set()
-        self._results: dict[int, float] = {}
+        self._results: dict[int, tuple[float, Mapping[Currency, int]]] = {}
+        self._dearer: dict[str, list[float]] = {target.label: [] for target in targets}
+        """Measured cost over predicted cost, of the plans told so far."""
         self._told = 0
         self._exhausted: set[str] = set()
 
@@ -130,9 +132,16 @@ class Proposals:
                 self._exhausted.add(target.label)
         return None
 
-    def tell(self, number: int, fidelity_loss: float | None) -> None:
-        """The result of a proposal; None or NaN when it failed."""
-        self._results[number] = math.nan if fidelity_loss is None else fidelity_loss
+    def tell(
+        self,
+        number: int,
+        fidelity_loss: float | None,
+        measured: Mapping[Currency, int] | None = None,
+    ) -> None:
+        """The result of a proposal, None or NaN when it failed; and what its student costs where
+        that was measured."""
+        loss = math.nan if fidelity_loss is None else fidelity_loss
+        self._results[number] = (loss, measured or {})
 
     def _starting_points(self, exact: int, plans: Sequence[Start]) -> list[Start]:
         """The best few exact plans and the given ones of each budget, budgets in turn."""
@@ -140,14 +149,14 @@ class Proposals:
         for target in self._targets:
             best: list[Start] = [
                 (target.label, "exact", plan)
-                for plan in (self._space.exact(target.limit, exact) if exact else ())
+                for plan in (self._exact(target, exact) if exact else ())
             ]
             others = [
                 start
                 for start in plans
                 if start[0] == target.label
                 and self._space.holds(start[2])
-                and self._space.parameters(start[2]) <= target.limit
+                and self._space.within(target.currency).cost(start[2]) <= target.limit
             ]
             columns.append([*best[:1], *others, *best[1:]])
         starts: list[Start] = []
@@ -155,6 +164,17 @@ class Proposals:
             starts += [column[row] for column in columns if row < len(column)]
         unique = {plan.digest: (budget, origin, plan) for budget, origin, plan in reversed(starts)}
         return list(reversed(unique.values()))
+
+    def _exact(self, target: Target, count: int) -> list[Plan]:
+        return self._space.within(target.currency).exact(target.room, count)
+
+    def _room(self, target: Target) -> int:
+        """What the next plan may be predicted to cost; never less than some plan does."""
+        ratios = self._dearer[target.label]
+        if not ratios:
+            return target.room
+        dearer = max(1.0, statistics.median([1.0, *ratios]))
+        return max(self._space.within(target.currency).smallest, math.floor(target.room / dearer))
 
     def _propose(self, target: Target) -> Proposal | None:
         """A plan not seen before within the target's limit; None when there is none left."""
@@ -165,8 +185,9 @@ class Proposals:
 
     def _corrected(self, target: Target) -> Proposal | None:
         """The first of the best few plans by corrected damages that was not seen before."""
-        space = replace(self._space, pieces=self._surrogates[target.label].pieces())
-        for plan in space.exact(target.limit, _CORRECTED):
+        corrected = self._surrogates[target.label].pieces()
+        space = replace(self._space.within(target.currency), pieces=corrected)
+        for plan in space.exact(self._room(target), _CORRECTED):
             if plan.digest not in self._seen:
                 return self._proposed(target.label, "corrected", plan)
         return None
@@ -180,16 +201,17 @@ class Proposals:
         study.sampler = make_sampler(self._sampler, seed)
         trial = study.ask()
         drawn = self._space.suggest(trial)
+        space, room = self._space.within(target.currency), self._room(target)
         # The study learns plans, not points: many points give the same plan.
         asked = study.tell(trial, state=optuna.trial.TrialState.FAIL)
         rng = random.Random(seed)
         for step in range(_STEPS_AWAY):
             near = {name: _moved(hold, rng, step / _STEPS_AWAY) for name, hold in drawn.items()}
-            plan = next(self._space.plans(near, target.limit))
+            plan = next(space.plans(near, room))
             if plan.digest not in self._seen:
                 self._drawn[len(self._asked)] = asked.system_attrs
                 return self._proposed(target.label, self._sampler, plan)
-        for plan in self._space.plans(dict.fromkeys(self._space.names, 0.0), target.limit):
+        for plan in space.plans(dict.fromkeys(space.names, 0.0), room):
             if plan.digest not in self._seen:
                 return self._proposed(target.label, "exact", plan)
         return None
@@ -205,8 +227,13 @@ class Proposals:
         import optuna
 
         while self._told <= last:
-            proposal, loss = self._asked[self._told], self._results[self._told]
+            proposal, (loss, measured) = self._asked[self._told], self._results[self._told]
             self._told += 1
+            target = next(t for t in self._targets if t.label == proposal.budget)
+            cost = measured.get(target.currency)
+            if cost is not None:
+                predicted = self._space.within(target.currency).cost(proposal.plan)
+                self._dearer[target.label].append(cost / predicted)
             if not math.isfinite(loss):
                 continue
             holds = dict(self._space.encode(proposal.plan))
@@ -215,7 +242,11 @@ class Proposals:
                 distributions=dict.fromkeys(
                     holds, optuna.distributions.FloatDistribution(0.0, 1.0)
                 ),
-                values=[loss, self._space.parameters(proposal.plan)],
+                values=[
+                    loss if o == "fidelity_loss" else self._space.within(o).cost(proposal.plan)
+                    for o in self._objectives
+                ],
+                constraints=None if cost is None else {target.currency: target.over(cost)},
                 system_attrs=dict(self._drawn.get(proposal.number, {})),
             )
             self.studies[proposal.budget].add_trial(result)

@@ -22,6 +22,7 @@ from storage.manifest import publish, published
 from storage.registry import Entry, add, best, entries
 from storage.store import Store
 from trainers.export import export_student
+from trainers.measure import Cost
 from trainers.schedule import Schedule
 from trainers.students.plan import Plan
 from trainers.teacher import Teacher
@@ -47,17 +48,20 @@ class Finalist:
     loss_after: float
     scores: Scores | None
     """The judge's."""
+    cost: Cost | None = None
+    """What a forward pass takes, where it was measured."""
 
     @property
     def judge_score(self) -> float | None:
         return None if self.scores is None else self.scores.overall
 
 
-def choose(finalists: Sequence[Finalist]) -> Finalist:
-    """The one to publish: by the rule of the registry, judge score before fidelity loss."""
+def choose(finalists: Sequence[Finalist], judged: bool = True) -> Finalist:
+    """The one to publish: by the rule of the registry, judge score before fidelity loss; by
+    fidelity loss alone unless the judge decides."""
 
     def rank(finalist: Finalist) -> tuple[bool, float, float, int]:
-        score = finalist.judge_score
+        score = finalist.judge_score if judged else None
         return (score is None, -(score or 0.0), finalist.loss_after, finalist.parameters)
 
     return min(finalists, key=rank)
@@ -103,6 +107,8 @@ def write_model(
         "fidelity_loss": finalist.loss_after,
         "judge_score": finalist.judge_score,
     }
+    if finalist.cost is not None:
+        meta |= {"latency_us": finalist.cost.latency, "memory_bytes": finalist.cost.memory}
     there = published(store, prefix)
     if there is not None and there.meta == meta:
         return

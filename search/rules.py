@@ -1,6 +1,6 @@
 """Rules, the papers' among them: from what the analysis measured, a plan for a budget.
 
-Each rule is a function of `Ground` and a limit in parameters; RULES names them as a configuration
+Each rule is a function of `Ground` and a limit in its currency; RULES names them as a configuration
 does. Where a paper is silent, the choice made here is said at the rule.
 """
 
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from search.analyse import Analysis
-from trainers.students.counts import plan_parameters
+from search.budget import Currency
+from search.costs import costs_in
+from trainers.measure import Table
 from trainers.students.families import family_named
 from trainers.students.families.base import Config
 from trainers.students.plan import BlockPlan, Plan, uniform_plan
@@ -36,6 +38,10 @@ class Ground:
     """See SearchConfig."""
     least_cka: float = 0.0
     next_interval: NextInterval = "after"
+    currency: Currency = "parameters"
+    """Of the limit."""
+    table: Table | None = None
+    """What was measured, for limits of latency and memory."""
 
     @property
     def teacher_blocks(self) -> int:
@@ -57,8 +63,10 @@ class Ground:
             ),
         )
 
-    def parameters(self, plan: Plan) -> int:
-        return plan_parameters(plan, self.config)
+    def cost(self, plan: Plan) -> int:
+        family = family_named(self.family)
+        costs = costs_in(self.currency, family, self.config, plan.blocks, self.table)
+        return costs.of(plan)
 
     def _parts(self, span: Span) -> list[Span]:
         family, (start, last) = family_named(self.family), span
@@ -76,7 +84,7 @@ def uniform(ground: Ground, limit: int) -> Plan | None:
     for blocks in range(ground.teacher_blocks, 0, -1):
         whole = uniform_plan(ground.family, ground.teacher_blocks, blocks)
         plan = ground.plan([block.span for block in whole.blocks])
-        if ground.parameters(plan) <= limit:
+        if ground.cost(plan) <= limit:
             return plan
     return None
 
@@ -123,11 +131,11 @@ def ppcl(ground: Ground, limit: int) -> Plan | None:
     """
     spans = dict(ppcl_intervals(ground.analysis, ground.least_cka, ground.next_interval))
     whole = ground.plan(list(spans))
-    if ground.parameters(whole) > limit:
+    if ground.cost(whole) > limit:
         return narrowed(ground, whole, limit)
     for span in sorted(spans, key=lambda span: (spans[span], span)):
         without = [other for other in spans if other != span]
-        if ground.parameters(ground.plan(without)) <= limit:
+        if ground.cost(ground.plan(without)) <= limit:
             del spans[span]
     return ground.plan(list(spans))
 
@@ -156,7 +164,7 @@ def narrowed(ground: Ground, plan: Plan, limit: int) -> Plan | None:
                 continue
             blocks[i] = block
             made = plan.model_copy(update={"blocks": tuple(blocks)})
-            if ground.parameters(made) <= limit:
+            if ground.cost(made) <= limit:
                 return made
     return None
 
@@ -197,6 +205,6 @@ def _without_lowest(ground: Ground, scores: Sequence[float], limit: int) -> Plan
         ends = [*(i - 1 for i in kept[1:]), ground.teacher_blocks - 1]
         spans = [(i, end) for i, end in zip(kept, ends, strict=True) if end > i]
         plan = ground.plan(spans)
-        if ground.parameters(plan) <= limit:
+        if ground.cost(plan) <= limit:
             return plan
     return None

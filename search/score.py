@@ -9,22 +9,30 @@ actors. Shapes: B batch, N image tokens, C latent channels of a packed token.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
+from search.budget import Currency
 from storage.digest import digest_json
 from storage.store import Store, StoreOptions, open_store
 from trainers.library.library import Library
+from trainers.measure import (
+    MeasureConfig,
+    Table,
+    measure_beside,
+    measuring_inputs,
+    weight_bytes,
+)
 from trainers.probe import FidelityProbe, ProbeConfig, shared_probe
-from trainers.students.families.base import Family
+from trainers.students.families.base import Family, Inputs
 from trainers.students.plan import BlockPlan, Plan
 from trainers.teacher import Teacher
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Score(NamedTuple):
@@ -36,6 +44,18 @@ class Score(NamedTuple):
     """To assemble and measure it."""
     failed: str | None = None
     """Why there is no number, in one sentence."""
+    costs: Mapping[Currency, int] = {}
+    """Its latency and memory as one model, where these are measured."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a process measures what plans cost as one model."""
+
+    table: Table
+    settings: MeasureConfig
+    resolution: int
+    """Of the latents."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +77,8 @@ class Bench:
     device: str = "cpu"
     threads: int | None = None
     """CPU threads of a scoring process; None leaves torch alone."""
+    measuring: Measuring | None = None
+    """None where no budget or objective asks for what plans cost on a device."""
 
     def key(self, plan: Plan) -> str:
         """Where a plan's score is kept; another for another teacher, probe or replacement."""
@@ -69,6 +91,9 @@ class Bench:
             "plan": plan.digest,
             "replacements": [prefixes[b] for b in plan.blocks if b.start == "library"],
         }
+        if self.measuring is not None:
+            measured["table"] = self.measuring.table.model_dump(mode="json")
+            measured["measure"] = self.measuring.settings.model_dump(mode="json")
         return f"{self.scores}/{digest_json(measured)}.json"
 
     def open(self) -> Scorer:
@@ -85,7 +110,23 @@ class Bench:
         probe = shared_probe(
             store, self.teacher, model, latents, self.encoding, self.probe, self.seed
         )
-        return Scorer(self.teacher, model, Library(store, dict(self.replacements)), probe, store)
+        meter = None
+        if self.measuring is not None:
+            each = next(model.parameters())
+            inputs = measuring_inputs(
+                latents, self.measuring.resolution, self.measuring.settings, each.device, each.dtype
+            )
+            meter = Meter(self.measuring, inputs)
+        library = Library(store, dict(self.replacements))
+        return Scorer(self.teacher, model, library, probe, store, meter)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What is measured, and on what."""
+
+    measuring: Measuring
+    inputs: Sequence[Inputs]
 
 
 class Scorer:
@@ -98,8 +139,10 @@ class Scorer:
         library: Library,
         probe: FidelityProbe,
         store: Store,
+        meter: Meter | None = None,
     ) -> None:
         self.store = store
+        self._meter = meter
         self._family: Family = teacher.family
         self._config = teacher.config
         self._model = model
@@ -111,10 +154,23 @@ class Scorer:
     def score(self, plan: Plan) -> Score:
         """Measure a plan whose blocks are the teacher's own or the library's."""
         started = time.perf_counter()
-        loss = composed_loss(
-            self._model, self._family, [self._block(block) for block in plan.blocks], self._probe
+        blocks = [self._block(block) for block in plan.blocks]
+        loss = composed_loss(self._model, self._family, blocks, self._probe)
+        costs = {} if self._meter is None else self._costs(blocks, self._meter)
+        return Score(loss, time.perf_counter() - started, costs=costs)
+
+    def _costs(self, blocks: Sequence[nn.Module], meter: Meter) -> dict[Currency, int]:
+        model, family = self._model, self._family
+        outside = weight_bytes([model]) - weight_bytes(self._own)
+        found = measure_beside(
+            lambda inputs: composed(model, family, self._own, inputs),
+            lambda inputs: composed(model, family, blocks, inputs),
+            outside + weight_bytes(blocks),
+            meter.measuring.table,
+            meter.inputs,
+            meter.measuring.settings,
         )
-        return Score(loss, time.perf_counter() - started)
+        return {"latency": found.latency, "memory": found.memory}
 
     def _block(self, block: BlockPlan) -> nn.Module:
         if block.untouched:
@@ -145,11 +201,18 @@ def composed_loss(
     total, pictures = 0.0, 0
     with torch.no_grad():
         for chunk in probe.chunks:
-            state, context = family.begin(teacher, chunk.inputs)
-            for block in blocks:
-                state = family.run_block(block, state, context)
-            velocity_BNC = family.end(teacher, state, context)
+            velocity_BNC = composed(teacher, family, blocks, chunk.inputs)
             count = len(chunk.velocity_BNC)
             total += float(velocity_loss(velocity_BNC, chunk.velocity_BNC)) * count
             pictures += count
     return total / pictures
+
+
+def composed(
+    teacher: nn.Module, family: Family, blocks: Sequence[nn.Module], inputs: Inputs
+) -> Tensor:
+    """The velocity_BNC of these blocks inside the teacher's outside."""
+    state, context = family.begin(teacher, inputs)
+    for block in blocks:
+        state = family.run_block(block, state, context)
+    return family.end(teacher, state, context)

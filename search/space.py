@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from search.budget import Currency
+from search.costs import costs_in
 from search.solver import Partition, Piece, Pieces, best_partitions, smallest
+from trainers.measure import Table
 from trainers.students.families import family_named
 from trainers.students.families.base import Config
 from trainers.students.plan import BlockPlan, Ffn, Plan, PlanError, Text
@@ -35,17 +38,23 @@ class Suggests(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """Every plan over some pieces."""
+    """Every plan over some pieces, which have their costs in one currency."""
 
     family: str
     teacher_blocks: int
     outside: int
-    """Parameters outside the blocks."""
+    """What is outside the blocks costs."""
     pieces: Pieces
+    others: Mapping[Currency, Space] = field(default_factory=dict)
+    """The same plans, with their costs in other currencies."""
 
-    @property
+    def within(self, currency: Currency) -> Space:
+        """The same plans, with their costs in a currency that is known."""
+        return self if currency == "parameters" else self.others[currency]
+
+    @cached_property
     def smallest(self) -> int:
-        """Parameters of the smallest plan."""
+        """What the cheapest plan costs."""
         return smallest(self.pieces, self.teacher_blocks, self.outside)
 
     @cached_property
@@ -62,7 +71,7 @@ class Space:
         return {name: trial.suggest_float(name, 0.0, 1.0) for name in self.names}
 
     def plans(self, holds: Holds, limit: int) -> Iterator[Plan]:
-        """The plans of a point within `limit` parameters: its own first, then the next best.
+        """The plans of a point that cost at most `limit`: its own first, then the next best.
 
         Ends when every plan that fits has been given.
         """
@@ -95,9 +104,10 @@ class Space:
         """Whether every block of a plan is at hand."""
         return all(block in self.pieces for block in plan.blocks)
 
-    def parameters(self, plan: Plan) -> int:
-        """Parameters of a plan over these pieces."""
-        return self.outside + sum(self.pieces[block].parameters for block in plan.blocks)
+    def cost(self, plan: Plan) -> int:
+        """What a plan over these pieces costs."""
+        pieces = [self.pieces[block] for block in plan.blocks]
+        return self.outside + sum(p.cost for p in pieces) + max(p.peak for p in pieces)
 
     def damage(self, plan: Plan) -> float:
         """Summed damage of a plan over these pieces."""
@@ -118,7 +128,7 @@ class Space:
 
     def _held(self, block: BlockPlan, piece: Piece, holds: Holds) -> Piece:
         penalty = sum(_penalty(holds[name]) for name in _given_up(block))
-        return Piece(piece.damage + self._unit * penalty, piece.parameters)
+        return piece._replace(damage=piece.damage + self._unit * penalty)
 
 
 def candidates(
@@ -143,11 +153,23 @@ def candidates(
     ]
 
 
-def smallest_parameters(config: Config, family: str, blocks: list[BlockPlan]) -> int:
-    """Parameters of the smallest student that the blocks can make of a teacher with this config."""
+def priced_space(
+    family: str,
+    config: Config,
+    damages: Mapping[BlockPlan, float],
+    table: Table | None = None,
+) -> Space:
+    """The space of the blocks that have a damage, for a teacher with this config; in parameters,
+    and with a table of what was measured also in memory and latency."""
     known = family_named(family)
-    pieces = {b: Piece(0.0, known.block_parameters(config, b)) for b in blocks}
-    return smallest(pieces, known.blocks(config), known.outside_parameters(config))
+
+    def priced(currency: Currency, others: Mapping[Currency, Space]) -> Space:
+        costs = costs_in(currency, known, config, damages, table)
+        pieces = {block: Piece(damage, *costs.blocks[block]) for block, damage in damages.items()}
+        return Space(family, known.blocks(config), costs.outside, pieces, others)
+
+    measured: tuple[Currency, ...] = ("memory", "latency") if table is not None else ()
+    return priced("parameters", {currency: priced(currency, {}) for currency in measured})
 
 
 def _penalty(hold: float) -> float:

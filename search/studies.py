@@ -19,6 +19,7 @@ from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from search.features import plan_features
+from search.objectives import DEFAULT, Scored
 from search.report.plan_picture import in_words
 from storage.errors import EspalierError
 from storage.urls import without_password
@@ -61,13 +62,21 @@ def checked_url(url: str) -> str:
 class StudyLog:
     """The study of one sweep, named as the sweep."""
 
-    def __init__(self, url: str, name: str, teacher: str, search: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        teacher: str,
+        search: str,
+        objectives: Sequence[Scored] = DEFAULT,
+    ) -> None:
         """Opens or makes the study at `url`, a journal's path or a database's URL.
 
         `teacher` and `search` are digests. StudyError when the study belongs to another teacher;
         the trials of another search of the same sweep give way to this one's.
         """
         self.url, self._name = url, name
+        self._objectives = tuple(objectives)
         self._study: optuna.Study = self._tried(partial(self._open, teacher, search))
         self._next = len(self._study.get_trials(False))
         self._early: dict[int, Trial] = {}
@@ -80,7 +89,9 @@ class StudyLog:
         """
         self._early |= {trial.number: trial for trial in trials if trial.number >= self._next}
         while self._next in self._early:
-            self._tried(partial(self._study.add_trial, _frozen(self._early[self._next])))
+            self._tried(
+                partial(self._study.add_trial, _frozen(self._early[self._next], self._objectives))
+            )
             del self._early[self._next]
             self._next += 1
 
@@ -104,9 +115,11 @@ class StudyLog:
                 return study
             optuna.delete_study(study_name=self._name, storage=storage)
         study = optuna.create_study(
-            study_name=self._name, storage=storage, directions=["minimize", "minimize"]
+            study_name=self._name,
+            storage=storage,
+            directions=["minimize"] * len(self._objectives),
         )
-        study.set_metric_names(["fidelity loss", "parameters"])
+        study.set_metric_names([name.replace("_", " ") for name in self._objectives])
         for key, value in owner.items():
             study.set_user_attr(key, value)
         return study
@@ -130,7 +143,7 @@ class StudyLog:
                 sleep(FIRST_WAIT_SECONDS * 2 ** (failures - 1))
 
 
-def _frozen(trial: Trial) -> optuna.trial.FrozenTrial:
+def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTrial:
     import optuna
 
     features = plan_features(trial.plan)
@@ -138,7 +151,8 @@ def _frozen(trial: Trial) -> optuna.trial.FrozenTrial:
     states, distributions = optuna.trial.TrialState, optuna.distributions
     frozen = optuna.trial.create_trial(
         state=states.COMPLETE if whole else states.FAIL,
-        values=[trial.fidelity_loss or 0.0, trial.parameters] if whole else None,
+        values=list(trial.values(objectives)) if whole else None,
+        constraints=None if trial.over is None else {"budget": trial.over},
         params=features,
         distributions={
             name: distributions.IntDistribution(0, trial.plan.teacher_blocks)

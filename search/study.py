@@ -135,11 +135,13 @@ class PlanSearcher(StatelessSearcher):
             else:  # not this plan's fault: nothing has been scored yet
                 self.stop(f"trial {proposal.number}: {LOST}")
         else:
-            self._take(proposal, Score(result["fidelity_loss"], result["seconds"]))
+            score = score_from_json(result["score"].encode())
+            assert score is not None, result
+            self._take(proposal, score)
 
     def _take(self, proposal: Proposal, score: Score) -> None:
         self._taken += 1
-        self._proposals.tell(proposal.number, score.fidelity_loss)
+        self._proposals.tell(proposal.number, score.fidelity_loss, score.costs)
         self._scored(proposal, score)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -166,13 +168,15 @@ class ScoringActor(tune.Trainable):
             self._scorer = self._scorer or self._bench.open()
             score = self._scorer.score(self._plan)
             # Stored here, not by the driver: actors wait for the store side by side.
-            self._scorer.store.write(self._bench.key(self._plan), score_json(score))
+            stored = score_json(score)
+            self._scorer.store.write(self._bench.key(self._plan), stored)
         except EspalierError as error:
             # What the user can mend travels as a sentence; Tune would wrap it in its own trace.
             return {"broken": str(error), "done": True}
         finally:
             faulthandler.cancel_dump_traceback_later()
-        return {**score._asdict(), "done": True}
+        # As it is stored, because Tune takes apart what is nested.
+        return {"score": stored.decode(), "done": True}
 
 
 def score_json(score: Score) -> bytes:
@@ -185,8 +189,8 @@ def score_from_json(content: bytes) -> Score | None:
     """What `score_json` wrote, or None."""
     try:
         read = json.loads(content)
-        loss = read["fidelity_loss"]
+        loss, costs = read["fidelity_loss"], dict(read.get("costs", {}))
         seconds = float(read["seconds"])
-        return Score(math.nan if loss is None else float(loss), seconds, read.get("failed"))
+        return Score(math.nan if loss is None else float(loss), seconds, read.get("failed"), costs)
     except (ValueError, TypeError, KeyError):
         return None

@@ -6,6 +6,7 @@ Everything that can be wrong about them is found here, before any worker starts.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,22 +14,24 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from search.budget import check_reachable
+from search.budget import Budget, Currency, Target, check_reachable
 from search.config import SweepConfig
-from search.space import candidates, smallest_parameters
+from search.space import candidates, priced_space
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError
-from storage.manifest import publish, published
+from storage.manifest import publish, published, read_json
 from storage.section import Section
 from storage.store import Store, open_store
 from trainers.data.encode import encoding_digest
+from trainers.measure import Table, variant
 from trainers.students.counts import plan_parameters
 from trainers.students.families.base import check_plan
 from trainers.students.plan import BlockPlan, Plan, PlanError, identity_plan
 from trainers.teacher import Teacher, open_teacher
 
 CONFIG = "config.json"
+TABLE = "table.json"
 
 
 class SweepError(EspalierError):
@@ -73,9 +76,78 @@ class Sweep:
         return [b for b in every if teacher.family.refusal(teacher.config, b) is None]
 
     @property
-    def limits(self) -> dict[str, int]:
-        """The most parameters that each budget allows, by label."""
-        return {b.label: b.limit(self.teacher_parameters) for b in self.config.budgets}
+    def measured(self) -> bool:
+        """Whether its table is there, or it needs none."""
+        return not self.config.measured or self._table_prefix is not None
+
+    @property
+    def _table_prefix(self) -> str | None:
+        pointer = published(self.store, layout.sweep_costs(self.name))
+        if pointer is None or pointer.meta.get("measure") != self.measure_digest:
+            return None
+        return str(pointer.meta["table"])
+
+    @cached_property
+    def table(self) -> Table | None:
+        """What was measured for this sweep; None when no budget or objective needs it.
+
+        SweepError when it has yet to be measured.
+        """
+        if not self.config.measured:
+            return None
+        prefix = self._table_prefix
+        if prefix is None:
+            raise SweepError(
+                "no latency or memory is measured for this configuration yet; run `espalier "
+                "measure` first"
+            )
+        read = read_json(self.store, prefix, TABLE, published(self.store, prefix))
+        return Table.model_validate(read)
+
+    @property
+    def targets(self) -> list[Target]:
+        """The budgets, as limits in their own currency. SweepError while one must be measured."""
+        return [self.target(budget) for budget in self.config.budgets]
+
+    def target(self, budget: Budget) -> Target:
+        """One budget as a limit; see `targets`."""
+        margin = self.config.measure.margin if budget.currency == "latency" else 0.0
+        limit = budget.limit(self.teacher_cost(budget.currency))
+        return Target(budget.label, limit, budget.currency, margin)
+
+    def teacher_cost(self, currency: Currency) -> int:
+        """Of the whole teacher: what it was measured to take, or its parameters."""
+        if currency == "parameters":
+            return self.teacher_parameters
+        assert self.table is not None
+        teacher = self.table.teacher
+        return teacher.latency if currency == "latency" else teacher.memory
+
+    @property
+    def variants(self) -> list[BlockPlan]:
+        """Blocks of every shape that a plan of this sweep may have: the teacher's own, the
+        candidates', and what PPCL's rule makes of them."""
+        family, config = self.teacher.family, self.teacher.config
+        own = [BlockPlan(span=(i, i)) for i in range(self.teacher_blocks)]
+        narrow = [
+            BlockPlan(span=(i, i), start="library", text=text, ffn=ffn)
+            for i in range(1, self.teacher_blocks)
+            for text in ("dual", "projected")
+            for ffn in (1.0, "linear")
+        ]
+        offered = narrow if self.config.plan is None and "ppcl" in self.config.search.rules else []
+        every = (b for b in (*self.candidates, *offered) if family.refusal(config, b) is None)
+        return [*own, *every]
+
+    def check_budget(self, budget: Budget) -> None:
+        """BudgetError unless some plan meets a budget whose currency is known by now."""
+        damages = dict.fromkeys(self.candidates, 0.0)
+        table = None if budget.currency == "parameters" else self.table
+        space = priced_space(self.teacher.family.name, self.teacher.config, damages, table)
+        least = space.within(budget.currency).smallest
+        margin = self.target(budget).margin
+        # The least limit of which the margin leaves room for the smallest.
+        check_reachable(budget, self.teacher_cost(budget.currency), math.ceil(least / (1 - margin)))
 
     @cached_property
     def encoded_digest(self) -> str:
@@ -84,6 +156,18 @@ class Sweep:
     @property
     def encoded_prefix(self) -> str:
         return layout.encoded(self.encoded_digest)
+
+    @cached_property
+    def measure_digest(self) -> str:
+        """Names what is to be measured; the device that it is measured on names the table."""
+        family, config = self.teacher.family, self.teacher.config
+        return _digest(
+            dict(config),
+            self.encoded_digest,
+            self.config.measure.model_dump(mode="json", exclude={"margin"}),
+            sorted({variant(family, config, block) for block in self.variants}),
+            self.config.accelerator,
+        )
 
     @cached_property
     def analysis_digest(self) -> str:
@@ -106,17 +190,29 @@ class Sweep:
         return _digest(
             self.analysis_digest,
             self.config.library.training,
-            {"replacements": self.config.analyse.replacements, "limits": self.limits},
+            {"replacements": self.config.analyse.replacements, "limits": self._limits},
             self.config.search.model_dump(
                 include={"exact", "rules", "earlier", "noise_power", "least_cka", "next_interval"}
             ),
             self.config.seed,
         )
 
+    @property
+    def _limits(self) -> dict[str, JsonValue]:
+        """What the budgets come to: a number, or what the number will be measured by."""
+        measured: list[JsonValue] = [self.measure_digest, self.config.measure.margin]
+        return {
+            b.label: b.limit(self.teacher_parameters) if b.currency == "parameters" else measured
+            for b in self.config.budgets
+        }
+
     @cached_property
     def search_digest(self) -> str:
         search = self.config.search.model_dump(mode="json", exclude={"study"})
-        return _digest(self.library_digest, search, self.config.seed)
+        if search["objectives"] is None:
+            search.pop("objectives")
+        measured = [self.measure_digest] if self.config.measured else []
+        return _digest(self.library_digest, search, self.config.seed, *measured)
 
     @cached_property
     def recover_digest(self) -> str:
@@ -150,12 +246,11 @@ def open_sweep(config: SweepConfig) -> Sweep:
     teacher = open_teacher(config.teacher)
     store = open_store(config.storage, config.store)
     sweep = Sweep(config, store, teacher)
-    family = teacher.family.name
     if config.plan is not None:
         _check_plan(config.plan, sweep)
-    least = smallest_parameters(teacher.config, family, sweep.candidates)
     for budget in config.budgets:
-        check_reachable(budget, sweep.teacher_parameters, least)
+        if budget.currency == "parameters":
+            sweep.check_budget(budget)
     _check_owner(sweep, layout.sweep(sweep.name), f"sweep {sweep.name}", "give it another name")
     for budget in config.budgets:
         prefix = layout.best(budget.label)

@@ -19,20 +19,22 @@ from pydantic import (
     ValidationError,
 )
 
+from search.budget import Currency, Target
+from search.objectives import DEFAULT, Objective, Scored, checked, scored
 from search.pareto import best_within, pareto_front
-from search.proposals import Origin, Proposal, Proposals, Start, Target
+from search.proposals import Origin, Proposal, Proposals, Start
 from search.ranks import rank_correlation
 from search.rules import NextInterval, Rule
 from search.samplers import Sampler
 from search.score import Bench, Score
-from search.solver import Piece
-from search.space import Space
+from search.space import Space, priced_space
 from search.studies import StudyError, StudyLog, checked_url
 from storage.errors import EspalierError
 from storage.manifest import publish, published, read_json
 from storage.section import Section
 from storage.store import Store
 from trainers.library.library import Library
+from trainers.measure import Table
 from trainers.probe import ProbeConfig
 from trainers.progress import Progress, silent
 from trainers.students.plan import BlockPlan, Plan
@@ -75,6 +77,13 @@ class SearchConfig(Section):
     """Of PPCL's rule: where the interval after one that ends at block v starts. `after`: at v + 1,
     as the published intervals lie; `end`: at v itself, whose state the next chain starts from."""
 
+    objectives: Annotated[tuple[Objective, ...] | None, AfterValidator(checked)] = None
+    """What is sought: the report's Pareto set, and what the sampler learns from. `fidelity_loss`,
+    `parameters`, `memory` and `latency` are known of every scored plan, the latter two as predicted
+    from what is measured of its blocks (see measure). `judge_score` is known of recovered finalists
+    alone, needs judge.task, and decides among them when it is named before `fidelity_loss`. null:
+    fidelity loss and parameters, and a judge that decides where there is one."""
+
     sampler: Sampler = "tpe"
     """Which of Optuna's samplers proposes once the starting points are scored: `tpe`, `nsga2`,
     `nsga3`, `gp` or `random`."""
@@ -116,35 +125,47 @@ class Trial(Section):
     there were any."""
     fidelity_loss: float | None = Field(ge=0)
     """None when it was not a number."""
+    costs: dict[Currency, NonNegativeInt] = Field(default_factory=dict)
+    """Memory and latency as predicted from its blocks, where either is asked for."""
+    measured: dict[Currency, NonNegativeInt] = Field(default_factory=dict)
+    """The same, measured as one model while it was scored."""
+    over: float | None = None
+    """By which part of its budget it was measured to exceed it, negative below; None for a budget
+    of parameters."""
     seconds: float
     """Scoring time."""
     state: Literal["complete", "failed"] = "complete"
     failed: str | None = None
     """Why, in one sentence."""
 
+    def cost(self, currency: Currency) -> int:
+        """What the plan is predicted to cost."""
+        return self.parameters if currency == "parameters" else self.costs[currency]
 
-def library_space(teacher: Teacher, library: Library) -> Space:
+    def values(self, objectives: Sequence[Scored]) -> tuple[float, ...]:
+        """What is minimised; a trial without a fidelity loss has none."""
+        assert self.fidelity_loss is not None, self.number
+        loss = self.fidelity_loss
+        return tuple(loss if o == "fidelity_loss" else self.cost(o) for o in objectives)
+
+    def fits(self, target: Target) -> bool:
+        """Whether it is within a budget, as predicted and where it was measured as measured."""
+        measured = self.measured.get(target.currency, 0)
+        return max(self.cost(target.currency), measured) <= target.limit
+
+
+def library_space(teacher: Teacher, library: Library, table: Table | None = None) -> Space:
     """Every plan over the teacher's own blocks and the library's replacements."""
     family, config = teacher.family, teacher.config
     own = [BlockPlan(span=(i, i)) for i in range(family.blocks(config))]
-    pieces = {
-        block: Piece(library.damage(block), family.block_parameters(config, block))
-        for block in (*own, *library.blocks)
-    }
-    return Space(family.name, len(own), family.outside_parameters(config), pieces)
+    damages = {block: library.damage(block) for block in (*own, *library.blocks)}
+    return priced_space(family.name, config, damages, table)
 
 
-def plan_space(teacher: Teacher, library: Library, plan: Plan) -> Space:
+def plan_space(teacher: Teacher, library: Library, plan: Plan, table: Table | None = None) -> Space:
     """The one plan, over its own blocks; what does not start from the library has no damage."""
-    family, config = teacher.family, teacher.config
-    pieces = {
-        block: Piece(
-            library.damage(block) if block.start == "library" else 0.0,
-            family.block_parameters(config, block),
-        )
-        for block in plan.blocks
-    }
-    return Space(family.name, plan.teacher_blocks, family.outside_parameters(config), pieces)
+    damages = {b: library.damage(b) if b.start == "library" else 0.0 for b in plan.blocks}
+    return priced_space(teacher.family.name, teacher.config, damages, table)
 
 
 def run_search(
@@ -183,7 +204,9 @@ def run_search(
         seed=seed,
         plans=plans,
         sampler=config.sampler,
+        objectives=scored(config.objectives),
     )
+    by_label = {target.label: target for target in targets}
     stored = dict(_stored(store, bench.scores))
     trials: dict[int, Trial] = {}
     losses: dict[str, float] = {}
@@ -192,11 +215,11 @@ def run_search(
         content = stored.get(bench.key(proposal.plan))
         return None if content is None else score_from_json(content)
 
-    def scored(proposal: Proposal, score: Score) -> None:
+    def take(proposal: Proposal, score: Score) -> None:
         if score.failed is not None and bench.key(proposal.plan) not in stored:
             # No process lived to write it; a search that is resumed shall not try again.
             store.write(bench.key(proposal.plan), score_json(score))
-        trial = _trial(space, proposal, score)
+        trial = _trial(space, by_label[proposal.budget], proposal, score)
         trials[trial.number] = trial
         if trial.fidelity_loss is not None:
             best = min(trial.fidelity_loss, losses.get(trial.budget, math.inf))
@@ -208,7 +231,7 @@ def run_search(
             except StudyError as error:
                 searcher.stop(str(error))
 
-    searcher = PlanSearcher(proposals, known, scored)
+    searcher = PlanSearcher(proposals, known, take)
     cause = ""
     if searcher.advance():
         cause = _tune(searcher, bench, config, cpus, gpus)
@@ -237,16 +260,21 @@ def load_trials(store: Store, prefix: str) -> list[Trial] | None:
         return None
 
 
-def best_trials(trials: Sequence[Trial], limit: int, count: int = 1) -> list[Trial]:
-    """The complete trials of lowest fidelity loss within `limit` parameters, best first."""
+def best_trials(trials: Sequence[Trial], target: Target, count: int | None = 1) -> list[Trial]:
+    """The complete trials of lowest fidelity loss within a budget, best first; all for None."""
+    fitting = [trial for trial in complete(trials) if trial.fits(target)]
     return best_within(
-        complete(trials), limit, lambda t: t.parameters, lambda t: t.fidelity_loss or 0.0, count
+        fitting,
+        target.limit,
+        lambda t: t.cost(target.currency),
+        lambda t: t.fidelity_loss or 0.0,
+        count,
     )
 
 
-def pareto_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """The complete trials that no other beats in both parameters and fidelity loss."""
-    return pareto_front(complete(trials), lambda t: (t.parameters, t.fidelity_loss or 0.0))
+def pareto_trials(trials: Sequence[Trial], objectives: Sequence[Scored] = DEFAULT) -> list[Trial]:
+    """The complete trials that no other beats in one objective without losing in another."""
+    return pareto_front(complete(trials), lambda t: t.values(objectives))
 
 
 def complete(trials: Sequence[Trial]) -> list[Trial]:
@@ -311,14 +339,18 @@ def _short(trial: object) -> str:
     return str(getattr(trial, "trial_id"))  # noqa: B009  # Ray is not typed
 
 
-def _trial(space: Space, proposal: Proposal, score: Score) -> Trial:
+def _trial(space: Space, target: Target, proposal: Proposal, score: Score) -> Trial:
     finite = math.isfinite(score.fidelity_loss)
+    cost = score.costs.get(target.currency)
     return Trial(
         number=proposal.number,
         budget=proposal.budget,
         origin=proposal.origin,
         plan=proposal.plan,
-        parameters=space.parameters(proposal.plan),
+        parameters=space.cost(proposal.plan),
+        costs={c: other.cost(proposal.plan) for c, other in space.others.items()},
+        measured=dict(score.costs),
+        over=None if cost is None else target.over(cost),
         damage=space.damage(proposal.plan),
         expected=proposal.expected,
         fidelity_loss=score.fidelity_loss if finite else None,

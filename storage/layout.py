@@ -1,6 +1,7 @@
 """Where everything lives under the storage root: one pure function for every prefix.
 
     encoded/DIGEST/                 latents and embeddings, by what they were encoded from
+    costs/DIGEST/                   latency and memory of blocks, by device and teacher
     analysis/DIGEST/                importance, CKA, nominated spans
     probes/DIGEST/                  what fidelity is measured on, and the teacher's velocity there
     library/TEACHER/DIGEST/         one replacement, by span, variant and training
@@ -26,6 +27,11 @@ def encoded(digest: str) -> str:
     return f"encoded/{_name(digest)}"
 
 
+def costs(digest: str) -> str:
+    """What the parts of one teacher's students take on one device."""
+    return f"costs/{_name(digest)}"
+
+
 def analysis(digest: str) -> str:
     """What one analysis configuration found in one teacher on one encoding."""
     return f"analysis/{_name(digest)}"
@@ -49,6 +55,16 @@ def sweep(name: str) -> str:
 def stage(name: str, stage: str) -> str:
     """One finished stage of a sweep: its seconds, its cost, what it made."""
     return f"{sweep(name)}/stages/{_name(stage)}"
+
+
+def sweep_costs(name: str) -> str:
+    """Which of the measured costs a sweep goes by."""
+    return f"{sweep(name)}/costs"
+
+
+def confirmed(name: str, digest: str) -> str:
+    """What one student of a sweep took when it was measured whole."""
+    return f"{sweep(name)}/confirmed/{_name(digest)}.json"
 
 
 def search(name: str) -> str:

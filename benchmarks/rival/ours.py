@@ -12,11 +12,11 @@ from typing import Any
 from benchmarks.rival.common import Mark, distil, judged
 from benchmarks.study.setting import Setting, train_library
 from search.analyse import nominate
-from search.proposals import Proposals, Start, Target
+from search.budget import Target
+from search.proposals import Proposals, Start
 from search.rules import RULES
 from search.score import composed_loss
-from search.solver import Piece
-from search.space import Space
+from search.space import priced_space
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
 
@@ -37,11 +37,12 @@ def run_ours(setting: Setting, limit: int, trials: int, seed: int) -> dict[str, 
         for rule in sweep.config.search.rules
         if (plan := RULES[rule](ground, limit)) is not None
     ]
+    target = Target("half", limit)
     blocks = nominate(
         analysis.damages,
         family.name,
         config,
-        [limit],
+        [target],
         sweep.config.analyse.replacements,
         [plan for _, _, plan in rules],
     )
@@ -62,12 +63,11 @@ def run_ours(setting: Setting, limit: int, trials: int, seed: int) -> dict[str, 
         modules[block] = module.requires_grad_(False).eval()
 
     begun = clock()
-    pieces = {b: Piece(d, family.block_parameters(config, b)) for b, d in damages.items()}
-    space = Space(family.name, len(own), family.outside_parameters(config), pieces)
+    space = priced_space(family.name, config, damages)
     search = sweep.config.search
     proposals = Proposals(
         space,
-        [Target("half", limit)],
+        [target],
         trials=trials,
         exact=search.exact,
         lag=1,

@@ -20,8 +20,7 @@ from benchmarks.study.masks import masked_plan
 from benchmarks.study.setting import Setting, Trained
 from search.analyse import Analysis
 from search.rules import Ground, amber, influence, narrowed, ppcl, uniform
-from search.solver import Piece
-from search.space import Space
+from search.space import Space, priced_space
 from trainers.evaluate import fidelity_loss
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble
@@ -232,7 +231,7 @@ def _threshold(case: Case) -> Plan | None:
                 spans.append((u, v))
             u = v + 1
         plan = case.ground.plan(spans)
-        if case.ground.parameters(plan) <= case.limit:
+        if case.ground.cost(plan) <= case.limit:
             return plan
     return None
 
@@ -241,12 +240,7 @@ def _space(case: Case, trained: Trained) -> Space:
     setting = case.setting
     own = [BlockPlan(span=(i, i)) for i in range(case.ground.teacher_blocks)]
     damages = {**dict.fromkeys(own, 0.0), **trained.damages}
-    pieces = {
-        b: Piece(damage, setting.family.block_parameters(setting.config, b))
-        for b, damage in damages.items()
-    }
-    outside = setting.family.outside_parameters(setting.config)
-    return Space(setting.family.name, case.ground.teacher_blocks, outside, pieces)
+    return priced_space(setting.family.name, setting.config, damages)
 
 
 def _or_raise(plan: Plan | None) -> Plan:

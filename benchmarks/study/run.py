@@ -23,6 +23,7 @@ from benchmarks.study.methods import ABLATIONS, CHAINS, METHODS, Case, Method, n
 from benchmarks.study.setting import Setting, Trained, train_in_sequence, train_library
 from cluster.cli.common import open_config
 from search.analyse import nominate
+from search.budget import Target
 from trainers.data.latents import open_latents, training_inputs
 from trainers.evaluate import fidelity_loss
 from trainers.library.train import train_replacements
@@ -84,7 +85,7 @@ def run_seed(
         ground.analysis.damages,
         setting.family.name,
         setting.config,
-        sorted(limits.values(), reverse=True),
+        [Target(b, limits[b]) for b in sorted(limits, key=lambda b: -limits[b])],
         setting.sweep.config.analyse.replacements,
     )
     if any(method.choose for method, _ in todo):

@@ -30,6 +30,7 @@ RUN, STAGE = "Run", "One stage of a sweep"
 
 STAGE_HELP = {
     "encode": "Pictures and captions to latents and text embeddings, in shards.",
+    "measure": "Measure latency and memory of blocks, for budgets and objectives that need it.",
     "analyse": "Measure which blocks are redundant, and nominate the spans worth replacing.",
     "library": "Train every nominated replacement that the storage does not hold yet.",
     "search": "Assemble and score plans; find the best for every budget.",
@@ -61,9 +62,9 @@ def sweep(config: ConfigFile, settings: Settings = [], as_json: Json = False) ->
     """
     with endings(command_line("sweep", config, settings)):
         opened = open_config(config, settings)
-        from search.stages import STAGES
+        from search.stages import stages_of
 
-        run_stages(opened, STAGES, as_json)
+        run_stages(opened, stages_of(opened), as_json)
         _say_results(opened, as_json)
 
 
@@ -154,8 +155,14 @@ def _say_results(opened: Sweep, as_json: bool) -> None:
         return
     for student in found["students"]:
         score = "" if student["judge_score"] is None else f", judge {student['judge_score']:.3f}"
+        cost = ""
+        if student["latency_us"] is not None:
+            from search.report import words
+
+            cost = f"{words.latency(student['latency_us'])} a pass, "
+            cost += f"{words.memory(student['memory_bytes'])}, "
         print(
-            f"{student['budget']:>8}  {student['parameters']:,} parameters, "
+            f"{student['budget']:>8}  {student['parameters']:,} parameters, {cost}"
             f"fidelity loss {student['fidelity_loss']:.4g}{score}  {student['url']}"
         )
     print(f"  report  {found['report']}")

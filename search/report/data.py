@@ -17,6 +17,7 @@ from search.ranks import rank_correlation
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from trainers.measure import Cost
     from trainers.schedule import Schedule
     from trainers.students.plan import Plan
 
@@ -33,6 +34,8 @@ class TeacherFacts:
     digest: str
     parameters: int
     blocks: int
+    cost: Cost | None = None
+    """What a forward pass takes, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,10 @@ class BudgetFacts:
 
     label: str
     asked: str
-    limit: int
-    """Parameters a student may have."""
+    limit: int | None
+    """Parameters a student may have; None for a budget of latency or memory."""
+    most: str = ""
+    """The limit in its own currency, in words."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ class StudentFacts:
     url: str
     """Where its diffusers directory lies: a path or s3://…"""
     scores: Scores | None = None
+    cost: Cost | None = None
+    """What a forward pass takes, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class ReportData:
     students: tuple[StudentFacts, ...]
     trials: tuple[TrialFacts, ...] = ()
     pareto: tuple[int, ...] = ()
-    """Numbers of the trials that no other beats in both size and fidelity loss."""
+    """Numbers of the trials that no other beats in every objective of the search."""
     redundancy: Redundancy | None = None
     finalists: tuple[FinalistFacts, ...] = ()
     teacher_scores: Scores | None = None

@@ -94,8 +94,8 @@ def _draw_pareto(data: ReportData, front: Sequence[TrialFacts], theme: Theme) ->
         ax.scatter(
             *after, marker="*", s=150, color=colour, edgecolor=theme.surface, zorder=5, label=name
         )
-    for budget in data.budgets:
-        ax.axvline(budget.limit, color=theme.muted, linewidth=1, linestyle=":", zorder=1)
+    for limit in (budget.limit for budget in data.budgets if budget.limit is not None):
+        ax.axvline(limit, color=theme.muted, linewidth=1, linestyle=":", zorder=1)
     ax.set_yscale("log")
     plain_log(ax.yaxis)
     label(ax, theme, f"parameters (teacher: {count(data.teacher.parameters)})", "fidelity loss")

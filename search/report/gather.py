@@ -6,6 +6,8 @@ from typing import Any
 
 from search.analyse import load_analysis
 from search.judging import Judged
+from search.objectives import scored
+from search.report import words
 from search.report.data import (
     BudgetFacts,
     FinalistFacts,
@@ -16,6 +18,7 @@ from search.report.data import (
     TrialFacts,
 )
 from search.stages.facts import provenance, sampling, scores, stage_costs, teacher_facts
+from search.stages.measure import confirmed
 from search.stages.publish import BEFORE, PUBLISH, TEACHER, judged_of
 from search.stages.recover import RECOVER, recoveries_of
 from search.stages.search import SEARCH, trials_of
@@ -30,17 +33,24 @@ STAGES = (*BEFORE, "publish")
 def gather(sweep: Sweep) -> ReportData:
     """Everything the report says of a sweep, at whatever stage it is."""
     trials = trials_of(sweep) if SEARCH.record(sweep) else []
+    objectives = scored(sweep.config.search.objectives)
     teacher = judged_of(sweep, TEACHER)
     students, judged = _students(sweep)
     return ReportData(
         provenance=provenance(sweep),
         teacher=teacher_facts(sweep),
         budgets=tuple(
-            BudgetFacts(b.label, b.asked, sweep.limits[b.label]) for b in sweep.config.budgets
+            BudgetFacts(
+                label=b.label,
+                asked=b.asked,
+                limit=sweep.target(b).limit if b.currency == "parameters" else None,
+                most=words.cost(sweep.target(b).limit, b.currency) if sweep.measured else b.asked,
+            )
+            for b in sweep.config.budgets
         ),
         students=students,
         trials=tuple(_trial(trial) for trial in trials),
-        pareto=tuple(trial.number for trial in pareto_trials(trials)),
+        pareto=tuple(trial.number for trial in pareto_trials(trials, objectives)),
         redundancy=_redundancy(sweep),
         finalists=_finalists(sweep),
         teacher_scores=scores(teacher),
@@ -74,6 +84,7 @@ def _students(sweep: Sweep) -> tuple[tuple[StudentFacts, ...], dict[str, Judged]
                 loss_after=recovery.fidelity_loss,
                 url=f"{sweep.store.url}/{said['prefix']}",
                 scores=scores(drawn),
+                cost=confirmed(sweep, (recovery.plan, prefix)),
             )
         )
     return tuple(students), judged

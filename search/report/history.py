@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from search.report.canvas import Drawing, Theme, axes, figure, label, legend, plain_log
-from search.report.data import ReportData, TrialFacts
+from search.report.data import BudgetFacts, ReportData, TrialFacts
 from search.report.words import loss
 from search.samplers import SAMPLERS
 
@@ -28,7 +29,7 @@ def origins(trials: Iterable[TrialFacts]) -> list[str]:
     return sorted({trial.origin for trial in trials}, key=lambda o: (o not in MARKERS, o))
 
 
-def best_so_far(trials: Sequence[TrialFacts], limit: int) -> list[tuple[int, float]]:
+def best_so_far(trials: Sequence[TrialFacts], limit: float) -> list[tuple[int, float]]:
     """(trial number, lowest fidelity loss up to it) over the trials of at most `limit` parameters.
 
     The last point repeats the lowest loss at the last trial, so that the line reaches the end.
@@ -63,12 +64,19 @@ def history_drawing(data: ReportData) -> Drawing:
     )
 
 
+def _best_within(data: ReportData, budget: BudgetFacts) -> list[tuple[int, float]]:
+    if budget.limit is None:  # of latency or memory: what was proposed for it
+        own = [trial for trial in data.trials if trial.budget == budget.label]
+        return best_so_far(own, math.inf)
+    return best_so_far(data.trials, budget.limit)
+
+
 def _won(data: ReportData) -> str:
     """Who proposed the best plan of each budget, in a sentence."""
     by_number = {trial.number: trial for trial in data.trials}
     said = []
     for budget in data.budgets:
-        line = best_so_far(data.trials, budget.limit)
+        line = _best_within(data, budget)
         if line:
             # The last point only repeats the best one.
             best = by_number[line[-2][0]]
@@ -90,7 +98,7 @@ def _draw(data: ReportData, theme: Theme) -> Figure:
         if proposed:
             ax.scatter([], [], marker=marker(origin), s=30, color=theme.muted, label=origin)
     for budget in data.budgets:
-        line = best_so_far(data.trials, budget.limit)
+        line = _best_within(data, budget)
         if line:
             ax.step(
                 *zip(*line, strict=True), where="post", linewidth=1.8, zorder=2,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from search.budget import Currency
+
 
 def count(number: float) -> str:
     """20430401088 -> "20.4B", 923648 -> "924k", 812 -> "812": three significant digits."""
@@ -27,6 +32,18 @@ def percent(part: float) -> str:
 def memory(size: int) -> str:
     """Bytes: 21148598272 -> "19.7 GiB", 4865024 -> "4.6 MiB"."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def cost(amount: int, currency: Currency) -> str:
+    """What a student costs: "1,000,000 parameters", "19.7 GiB of peak memory", "8.4 ms a pass"."""
+    if currency == "memory":
+        return f"{memory(amount)} of peak memory"
+    return f"{latency(amount)} a pass" if currency == "latency" else f"{amount:,} parameters"
+
+
+def latency(microseconds: int) -> str:
+    """8412 -> "8.41 ms", 1250000 -> "1250 ms"."""
+    return f"{significant(microseconds / 1e3)} ms"
 
 
 def duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ def teacher_facts(sweep: Sweep) -> TeacherFacts:
         digest=sweep.teacher.digest,
         parameters=sweep.teacher_parameters,
         blocks=sweep.teacher_blocks,
+        cost=sweep.table.teacher if sweep.measured and sweep.table is not None else None,
     )
 
 
@@ -70,6 +71,16 @@ def sampling(sweep: Sweep) -> dict[str, int | float]:
     """Arguments of the pipeline call that draws as the judged pictures were drawn."""
     size = sweep.config.data.resolution
     return {"height": size, "width": size, "num_inference_steps": sweep.config.judge.steps}
+
+
+def measured_on(sweep: Sweep) -> str:
+    """Where and on what latency and memory were measured; empty where they were not."""
+    if sweep.table is None:
+        return ""
+    settings = sweep.config.measure
+    sizes = " and ".join(str(s) for s in settings.resolutions or (sweep.config.data.resolution,))
+    counts = " and ".join(str(count) for count in settings.batch_sizes)
+    return f"on {sweep.table.device}: pictures of {sizes} px, {counts} in a pass"
 
 
 def scores(judged: Judged | None) -> Scores | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from search.analyse import Analysis, load_analysis, nominate
+from search.costs import plan_costs
 from search.proposals import Start
 from search.rules import RULES, Ground
 from search.stages.stage import Outcome, Stage
@@ -57,14 +59,15 @@ def nominated(sweep: Sweep, earlier: Sequence[Start] = ()) -> list[BlockPlan]:
     analysis = read_analysis(sweep)
     starts = rule_plans(sweep, analysis)
     if sweep.config.search.exact == 0:
-        return rules_alone(starts, list(sweep.limits))
+        return rules_alone(starts, [target.label for target in sweep.targets])
     return nominate(
         analysis.damages,
         sweep.teacher.family.name,
         sweep.teacher.config,
-        sorted(sweep.limits.values(), reverse=True),
+        sorted(sweep.targets, key=lambda target: -target.limit),
         sweep.config.analyse.replacements,
         [plan for _, _, plan in (*starts, *earlier)],
+        sweep.table,
     )
 
 
@@ -98,10 +101,11 @@ def rule_plans(sweep: Sweep, analysis: Analysis) -> list[Start]:
         search.noise_power,
         search.least_cka,
         search.next_interval,
+        table=sweep.table,
     )
     found = (
-        (label, rule, RULES[rule](ground, limit))
-        for label, limit in sweep.limits.items()
+        (target.label, rule, RULES[rule](replace(ground, currency=target.currency), target.room))
+        for target in sweep.targets
         for rule in search.rules
     )
     return [(label, rule, plan) for label, rule, plan in found if plan is not None]
@@ -119,15 +123,19 @@ def earlier_plans(sweep: Sweep) -> list[Start]:
         if entry.teacher == sweep.teacher.digest and entry.sweep != sweep.name
     ]
     found: list[Start] = []
-    for label, limit in sweep.limits.items():
+    for target in sweep.targets:
         plans: dict[str, Plan] = {}
         for entry in known:
-            if entry.parameters <= limit and len(plans) < most and entry.plan_digest not in plans:
-                plan = stored_plan(sweep.store, entry.prefix)
-                # Only of blocks that this configuration would offer itself.
-                if plan and all(block.untouched or block in offered for block in plan.blocks):
+            large = target.currency == "parameters" and entry.parameters > target.limit
+            if large or len(plans) == most or entry.plan_digest in plans:
+                continue
+            plan = stored_plan(sweep.store, entry.prefix)
+            # Only of blocks that this configuration would offer itself.
+            if plan and all(block.untouched or block in offered for block in plan.blocks):
+                costs = plan_costs(plan, sweep.teacher.family, sweep.teacher.config, sweep.table)
+                if costs[target.currency] <= target.room:
                     plans[entry.plan_digest] = plan
-        found += [(label, "earlier", plan) for plan in plans.values()]
+        found += [(target.label, "earlier", plan) for plan in plans.values()]
     return found
 
 

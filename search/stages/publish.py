@@ -16,18 +16,21 @@ from search.judging import (
     read_judged,
     write_judged,
 )
+from search.objectives import judge_decides
 from search.publish import Finalist, choose, register, write_model
 from search.recover import Recovery
 from search.report.data import StudentFacts
 from search.stages.facts import (
     hub_name,
     licence,
+    measured_on,
     provenance,
     sampling,
     scores,
     stage_costs,
     teacher_facts,
 )
+from search.stages.measure import Student, confirm, confirmed, meeting, ratios, told
 from search.stages.place import Site, place
 from search.stages.recover import recoveries_of
 from search.stages.stage import Outcome, Stage
@@ -38,14 +41,14 @@ from trainers.progress import Progress
 from trainers.students.counts import plan_parameters
 from trainers.teacher import Teacher
 
-BEFORE = ("encode", "analyse", "library", "search", "recover")
+BEFORE = ("encode", "measure", "analyse", "library", "search", "recover")
 """The stages whose cost a card tells."""
 TEACHER = "teacher"
 """What stands for the teacher where a student is named by the prefix of its recovery."""
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
-    candidates = _best_recoveries(sweep)
+    candidates = _best_recoveries(sweep, progress)
     models = [TEACHER, *(r.student for rs in candidates.values() for r in rs)]
     missing = [model for model in models if judged_of(sweep, model) is None]
     if missing:
@@ -61,7 +64,10 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         )
     students: dict[str, Any] = {}
     for budget, recoveries in candidates.items():
-        finalist = choose([_finalist(sweep, recovery) for recovery in recoveries])
+        finalist = choose(
+            [_finalist(sweep, recovery) for recovery in recoveries],
+            judge_decides(sweep.config.search.objectives),
+        )
         prefix = register(sweep.store, sweep.teacher, sweep.name, finalist)
         write_model(
             sweep.store,
@@ -72,7 +78,9 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             sweep.config.data.resolution,
         )
         students[budget] = {"finalist": finalist.prefix, "prefix": prefix}
-    return Outcome(f"{len(students)} models published", {"students": students})
+    found = ratios(sweep, [(r.plan, r.student) for rs in candidates.values() for r in rs])
+    said = f"{len(students)} models published{told(found)}"
+    return Outcome(said, {"students": students, "predicted": found})
 
 
 def judged_prefix(sweep: Sweep, model: str) -> str:
@@ -92,14 +100,20 @@ def judged_of(sweep: Sweep, model: str) -> Judged | None:
     return read_judged(sweep.store, judged_prefix(sweep, model))
 
 
-def _best_recoveries(sweep: Sweep) -> dict[str, list[Recovery]]:
-    """By budget, those that are judged; `recover` has seen to it that there is one."""
+def _best_recoveries(sweep: Sweep, progress: Progress) -> dict[str, list[Recovery]]:
+    """By budget, those that are judged; `recover` has seen to it that there is one. One that misses
+    a budget of latency or memory, when it is measured whole, gives way to the next."""
     recoveries = recoveries_of(sweep)
     best: dict[str, list[Recovery]] = {}
-    for label in sweep.limits:
-        whole = [r for r in recoveries if r.budget == label and r.fidelity_loss is not None]
+    for target in sweep.targets:
+        whole = [r for r in recoveries if r.budget == target.label and r.fidelity_loss is not None]
         whole.sort(key=lambda r: r.fidelity_loss or 0.0)
-        best[label] = whole[: sweep.config.judge.finalists]
+        students: list[Student] = [(r.plan, r.student) for r in whole]
+        count = sweep.config.judge.finalists
+        met = meeting(sweep, target, students, count, progress)
+        best[target.label] = [whole[i] for i in met]
+        if sweep.config.measured:
+            confirm(sweep, [students[i] for i in met], progress)
     return best
 
 
@@ -141,6 +155,7 @@ def _finalist(sweep: Sweep, recovery: Recovery) -> Finalist:
         loss_before=recovery.loss_before,
         loss_after=recovery.fidelity_loss,
         scores=scores(judged_of(sweep, recovery.student)),
+        cost=confirmed(sweep, (recovery.plan, recovery.student)),
     )
 
 
@@ -157,12 +172,14 @@ def _card_facts(sweep: Sweep, finalist: Finalist) -> CardFacts:
             loss_after=finalist.loss_after,
             url="",
             scores=finalist.scores,
+            cost=finalist.cost,
         ),
         schedule=finalist.schedule,
         provenance=provenance(sweep),
         teacher_scores=scores(teacher),
         costs=stage_costs(sweep, BEFORE),
         sampling=sampling(sweep),
+        measured_on=measured_on(sweep),
         caption=teacher.captions[0] if teacher and teacher.captions else "a picture",
         base_model=hub_name(sweep.teacher),
         licence=licence(sweep.teacher),

@@ -6,6 +6,7 @@ from typing import Any
 
 from search.recover import Agreement, Recovery, agreements, recover_finalists
 from search.stages.library import library_prefixes
+from search.stages.measure import meeting, ratios, told
 from search.stages.search import trials_of
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
@@ -16,8 +17,9 @@ from trainers.progress import Progress
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
     config = sweep.config
+    chosen = finalists(sweep, progress)
     recoveries = recover_finalists(
-        finalists(sweep),
+        chosen,
         sweep=sweep.name,
         teacher=sweep.teacher,
         store=sweep.store,
@@ -37,6 +39,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     agreed = agreements(recoveries)
     if agreed:
         said += "; tiers rank alike (Spearman): " + ", ".join(map(_told, agreed))
+    said += told(ratios(sweep, [(finalist.plan, None) for finalist in chosen]))
     stored: list[Any] = [recovery.model_dump(mode="json") for recovery in recoveries]
     found: list[Any] = [agreement.model_dump(mode="json") for agreement in agreed]
     return Outcome(said, {"recoveries": stored, "agreement": found})
@@ -47,16 +50,20 @@ def _told(agreed: Agreement) -> str:
     return f"{agreed.budget} {lower} to {agreed.upper:.0%} {agreed.rho:.2f}"
 
 
-def finalists(sweep: Sweep) -> list[Finalist]:
+def finalists(sweep: Sweep, progress: Progress) -> list[Finalist]:
     """The best plans of every budget, by fidelity loss as assembled: those that are recovered, and
-    as many more for when that loss proves to mislead."""
-    count = 2 * sweep.config.recover.finalists
-    trials = trials_of(sweep)
-    return [
-        Finalist(label, rank, trial.plan, trial.fidelity_loss or 0.0)
-        for label, limit in sweep.limits.items()
-        for rank, trial in enumerate(best_trials(trials, limit, count))
-    ]
+    as many more for when that loss proves to mislead. For a budget of latency or memory they are
+    measured whole first, and one that misses it gives way to the next."""
+    trials, count = trials_of(sweep), 2 * sweep.config.recover.finalists
+    chosen: list[Finalist] = []
+    for target in sweep.targets:
+        best = best_trials(trials, target, None)
+        met = meeting(sweep, target, [(trial.plan, None) for trial in best], count, progress)
+        chosen += [
+            Finalist(target.label, rank, best[i].plan, best[i].fidelity_loss or 0.0)
+            for rank, i in enumerate(met)
+        ]
+    return chosen
 
 
 def recoveries_of(sweep: Sweep) -> list[Recovery]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from search.stages.measure import confirmed
 from search.stages.publish import PUBLISH, judged_of
 from search.stages.record import read_attempt
 from search.stages.recover import recoveries_of
@@ -24,11 +25,14 @@ def results(sweep: Sweep) -> dict[str, Any]:
     for budget, said in stored.items():
         recovery = by_prefix[said["finalist"]]
         judged = judged_of(sweep, said["finalist"])
+        cost = confirmed(sweep, (recovery.plan, said["finalist"]))
         students.append(
             {
                 "budget": budget,
                 "plan": recovery.plan.digest,
                 "parameters": plan_parameters(recovery.plan, sweep.teacher.config),
+                "latency_us": cost.latency if cost else None,
+                "memory_bytes": cost.memory if cost else None,
                 "fidelity_loss": recovery.fidelity_loss,
                 "judge_score": judged.scores.get("overall") if judged else None,
                 "url": f"{shown_url(sweep)}/{said['prefix']}",
@@ -40,10 +44,10 @@ def results(sweep: Sweep) -> dict[str, Any]:
 
 def status(sweep: Sweep) -> dict[str, Any]:
     """How far each stage is, the best trials, and what the registry holds for the budgets."""
-    from search.stages import STAGES
+    from search.stages import stages_of
 
     stages = []
-    for stage in STAGES:
+    for stage in stages_of(sweep):
         state, record = stage.state(sweep), stage.record(sweep)
         attempt = read_attempt(sweep.store, sweep.name, stage.name) if state == "partial" else None
         stages.append(
@@ -58,16 +62,16 @@ def status(sweep: Sweep) -> dict[str, Any]:
         )
     trials = load_trials(sweep.store, layout.search(sweep.name)) or []
     best: list[dict[str, Any]] = []
-    for label, limit in sweep.limits.items():
+    for target in sweep.targets if trials else ():
         best += [
             {
-                "budget": label,
+                "budget": target.label,
                 "trials": len(trials),
                 "fidelity_loss": trial.fidelity_loss,
                 "parameters": trial.parameters,
                 "plan": trial.plan.digest,
             }
-            for trial in best_trials(trials, limit)
+            for trial in best_trials(trials, target)
         ]
     return {
         "sweep": sweep.name,
@@ -77,7 +81,7 @@ def status(sweep: Sweep) -> dict[str, Any]:
         "best_trials": best,
         "registry": [
             entry.model_dump(mode="json")
-            for label in sweep.limits
-            for entry in entries(sweep.store, label)
+            for budget in sweep.config.budgets
+            for entry in entries(sweep.store, budget.label)
         ],
     }

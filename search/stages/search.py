@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import JsonValue
 
-from search.proposals import Start, Target
-from search.score import Bench
+from search.budget import Target
+from search.objectives import scored
+from search.proposals import Start
+from search.score import Bench, Measuring
 from search.space import Space
 from search.stages.library import (
     library_prefixes,
@@ -13,6 +17,7 @@ from search.stages.library import (
     recorded_earlier,
     rule_plans,
 )
+from search.stages.measure import median_ratios, told
 from search.stages.stage import Outcome, Stage
 from search.studies import StudyLog, journal_file
 from search.sweep import Sweep, SweepError
@@ -21,6 +26,7 @@ from search.trials import (
     Trial,
     agreement,
     best_trials,
+    complete,
     corrected_agreement,
     library_space,
     load_trials,
@@ -48,13 +54,22 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         options=config.store,
         device=share.device,
         threads=share.threads,
+        measuring=None
+        if sweep.table is None
+        else Measuring(sweep.table, config.measure, config.data.resolution),
     )
     space, searched, plans = _what_to_search(sweep, Library(sweep.store, prefixes))
     study = config.search.study or journal_file(sweep.store.url, sweep.name)
-    log = StudyLog(study, sweep.name, sweep.teacher.digest, sweep.search_digest)
+    log = StudyLog(
+        study,
+        sweep.name,
+        sweep.teacher.digest,
+        sweep.search_digest,
+        scored(config.search.objectives),
+    )
     trials = run_search(
         space,
-        [Target(label, limit) for label, limit in sweep.limits.items()],
+        sweep.targets,
         bench,
         searched,
         sweep.store,
@@ -67,17 +82,14 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         log=log,
         progress=progress,
     )
-    for label, limit in sweep.limits.items():
-        if not best_trials(trials, limit):
-            raise SweepError(
-                f"search: no trial within budget {label} has a finite fidelity loss; train the "
-                "library with a lower library.lr"
-            )
+    for target in sweep.targets:
+        if not best_trials(trials, target):
+            raise SweepError(_nothing_fits(trials, target))
     failed = sum(trial.state == "failed" for trial in trials)
     said = f"{len(trials)} plans scored" + (f", {failed} failed" if failed else "")
     ranks: dict[str, JsonValue] = {}
     each: list[str] = []
-    for label in sweep.limits:
+    for label in (target.label for target in sweep.targets):
         mine = [trial for trial in trials if trial.budget == label]
         found, corrected = agreement(mine), corrected_agreement(mine)
         if found is not None:
@@ -87,8 +99,16 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
                 each[-1] += f" (later ones {corrected[0]:.2f}, corrected {corrected[1]:.2f})"
     if ranks:
         said += f"; summed damage ranks them as measured (Spearman): {', '.join(each)}"
+    held = median_ratios([(trial.costs, trial.measured) for trial in trials])
     return Outcome(
-        said, {"trials": len(trials), "failed": failed, "agreement": ranks, "study": study}
+        said + told(held),
+        {
+            "trials": len(trials),
+            "failed": failed,
+            "agreement": ranks,
+            "predicted": held,
+            "study": study,
+        },
     )
 
 
@@ -96,13 +116,27 @@ def _what_to_search(sweep: Sweep, library: Library) -> tuple[Space, SearchConfig
     given = sweep.config.plan
     if given is None:
         analysis = read_analysis(sweep)
-        space = library_space(sweep.teacher, library)
+        space = library_space(sweep.teacher, library, sweep.table)
         plans = [*rule_plans(sweep, analysis), *recorded_earlier(sweep)]
         return space, sweep.config.search, plans
     # A given plan is all there is to score.
-    alone = plan_space(sweep.teacher, library, given)
+    alone = plan_space(sweep.teacher, library, given, sweep.table)
     once = sweep.config.search.model_copy(update={"trials": 1, "exact": 0})
-    return alone, once, [(label, "given", given) for label in sweep.limits]
+    return alone, once, [(target.label, "given", given) for target in sweep.targets]
+
+
+def _nothing_fits(trials: Sequence[Trial], target: Target) -> str:
+    over = [t.over for t in complete(trials) if t.budget == target.label and t.over is not None]
+    if over:
+        return (
+            f"search: no plan within budget {target.label} met it when it was measured as one "
+            f"model, the closest is {min(over):.1%} above; ask for more, or leave more free with "
+            "measure.margin"
+        )
+    return (
+        f"search: no trial within budget {target.label} has a finite fidelity loss; train the "
+        "library with a lower library.lr"
+    )
 
 
 def trials_of(sweep: Sweep) -> list[Trial]:

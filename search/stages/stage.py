@@ -44,6 +44,8 @@ class Stage:
     """Prefix of an output that belongs to no single sweep; its manifest says that it is there."""
     check: Callable[[Sweep], object] | None = None
     """Finds, before any worker starts, what is wrong with the stage's input."""
+    wanted: Callable[[Sweep], bool] = lambda _: True
+    """Whether the stages after it need its output."""
     placed: Callable[[Sweep], bool] = lambda _: False
     """Whether it runs in this process unless models run on GPUs, see `place`."""
 
@@ -116,7 +118,7 @@ def skip_stage(stage: Stage, sweep: Sweep) -> StageRecord:
 def require_earlier(stages: Sequence[Stage], stage: Stage, sweep: Sweep) -> None:
     """SweepError unless every stage before `stage` is done for this configuration."""
     for earlier in stages[: stages.index(stage)]:
-        if earlier.state(sweep) != "done":
+        if earlier.wanted(sweep) and earlier.state(sweep) != "done":
             raise SweepError(
                 f"{stage.name}: needs the output of `{earlier.name}`, which is not there for this "
                 f"configuration; run `espalier {earlier.name}` first, or `espalier sweep` for all"

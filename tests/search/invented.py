@@ -77,7 +77,10 @@ def whole() -> ReportData:
     return ReportData(
         provenance=PROVENANCE,
         teacher=TEACHER,
-        budgets=(BudgetFacts("50pct", "50%", 1_000_000), BudgetFacts("33pct", "33%", 660_000)),
+        budgets=(
+            BudgetFacts("50pct", "50%", 1_000_000, "1,000,000 parameters"),
+            BudgetFacts("33pct", "33%", 660_000, "660,000 parameters"),
+        ),
         students=STUDENTS,
         trials=trials,
         pareto=(0, 1),

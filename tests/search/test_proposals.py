@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
-from search.proposals import Proposal, Proposals, Start, Target
+from search.budget import Target
+from search.proposals import Proposal, Proposals, Start
 from search.ranks import rank_correlation
 from search.samplers import POPULATION, SAMPLERS, Sampler
 from search.solver import Piece
@@ -101,7 +103,7 @@ def test_what_was_measured_moves_what_is_expected(space: Space, alone: list[Prop
 def test_every_plan_fits_its_budget_and_comes_once(space: Space, alone: list[Proposal]) -> None:
     limits = {target.label: target.limit for target in TARGETS}
     assert [p.number for p in alone] == list(range(24))
-    assert all(space.parameters(p.plan) <= limits[p.budget] for p in alone)
+    assert all(space.cost(p.plan) <= limits[p.budget] for p in alone)
     assert len({p.plan.digest for p in alone}) == len(alone)
     later = [p.budget for p in alone[6:]]
     assert later == ["50pct", "70pct"] * (len(later) // 2)
@@ -167,3 +169,53 @@ def test_waits_for_results_it_needs(space: Space) -> None:
     assert proposals.next() is None
     proposals.tell(0, 0.5)
     assert proposals.next() is not None
+
+
+def dearer_than_predicted(proposals: Proposals, space: Space, factor: float) -> list[Proposal]:
+    """A search in which every plan is measured to take `factor` times what was predicted."""
+    made = []
+    while (proposal := proposals.next()) is not None:
+        made.append(proposal)
+        cost = round(factor * space.within("latency").cost(proposal.plan))
+        proposals.tell(proposal.number, loss_of(space, proposal), {"latency": cost})
+    return made
+
+
+def test_every_currency_has_its_own_limit() -> None:
+    space = timed_space()
+    targets = [Target("45", 45), Target("400us", 400, "latency", margin=0.1)]
+    proposals = Proposals(space, targets, trials=20, exact=2, lag=1, seed=0)
+    for proposal in dearer_than_predicted(proposals, space, 1.0):
+        if proposal.budget == "45":
+            assert space.cost(proposal.plan) <= 45
+        else:
+            assert space.within("latency").cost(proposal.plan) <= 360
+
+
+@pytest.mark.parametrize("name", [s for s in SAMPLERS if s != "random"])
+def test_a_measured_violation_reaches_the_sampler_and_the_plans_after_it(name: Sampler) -> None:
+    space = timed_space()
+    target = Target("400us", 400, "latency")
+    proposals = Proposals(space, [target], trials=24, exact=3, lag=1, seed=0, sampler=name)
+    made = dearer_than_predicted(proposals, space, 1.25)
+    costs = [space.within("latency").cost(p.plan) for p in made]
+    assert costs[0] > 400 / 1.25
+    assert all(cost <= 400 / 1.25 for cost in costs[4:])
+    told = [
+        trial.constraints["latency"]
+        for trial in proposals.studies["400us"].get_trials(False)
+        if trial.state.name == "COMPLETE"
+    ]
+    finite = [c for p, c in zip(made, costs, strict=True) if math.isfinite(loss_of(space, p))]
+    # The last result is told when the next plan is asked for.
+    assert told == [round(1.25 * cost) / 400 - 1 for cost in finite[: len(told)]]
+    assert len(told) >= len(finite) - 1
+    assert max(told) > 0 >= min(told)
+
+
+def timed_space() -> Space:
+    """Narrow blocks are a little faster, and the outside takes its time too."""
+    space = make_space()
+    pieces = {b: p._replace(cost=80 if b.ffn == 1 else 60) for b, p in space.pieces.items()}
+    timed = replace(space, outside=40, pieces=pieces)
+    return replace(space, others={"latency": timed})

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from search.analyse import AnalyseConfig, Analysis, load_analysis, nominate, save_analysis
+from search.budget import Target
 from search.config import SweepConfig
 from search.effects import probed
 from search.redundancy import Measurer, analyse
@@ -103,7 +104,9 @@ def test_nominations_can_meet_every_budget(
     own = sizes[BlockPlan(span=(0, 0))]
     limits = [outside + 3 * own, outside + 2 * own]
     starts = [uniform_plan("qwen_image", 6, blocks, start="library") for blocks in (3, 2)]
-    chosen = nominate(analysis.damages, "qwen_image", config, limits, most, starts)
+    chosen = nominate(
+        analysis.damages, "qwen_image", config, [Target(str(n), n) for n in limits], most, starts
+    )
     assert len(set(chosen)) == len(chosen)
     assert not any(block.untouched for block in chosen)
     for blocks, limit in ((3, limits[0]), (2, limits[1])):

@@ -125,7 +125,7 @@ def test_ppcl_goes_on_with_width_where_depth_does_not_reach():
     depth = ppcl(found, limit(4))
     one = found.plan([(1, 3), (4, 5), (6, 7)])
     assert depth == one
-    just_below = found.parameters(one) - 1
+    just_below = found.cost(one) - 1
     narrowed = ppcl(found, just_below)
     # The text streams are more alike the later they are.
     assert [(b.span, b.text) for b in narrowed.blocks if b.text != "dual"] == [
@@ -136,7 +136,7 @@ def test_ppcl_goes_on_with_width_where_depth_does_not_reach():
         for i, b in enumerate(one.blocks)
     ]
     all_projected = one.model_copy(update={"blocks": tuple(projected)})
-    further = ppcl(found, found.parameters(all_projected) - 1)
+    further = ppcl(found, found.cost(all_projected) - 1)
     assert [b.span for b in further.blocks if b.ffn == "linear"] == [(0, 0)]  # it fits best there
     assert ppcl(found, limit(1)) is None
 

@@ -10,7 +10,8 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
-from search.proposals import Proposals, Target
+from search.budget import Target
+from search.proposals import Proposals
 from search.racing import RaceSearcher
 from search.study import PlanSearcher
 from tests.search.test_proposals import make_space

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.budget import BudgetError
+from search.budget import CURRENCIES, BudgetError
 from search.solver import (
     Piece,
     Pieces,
@@ -26,28 +26,41 @@ OUTSIDE = 5
 
 @st.composite
 def libraries(draw: st.DrawFn) -> dict[BlockPlan, Piece]:
-    """The teacher's own blocks and some replacements; whole damages keep sums exact."""
-    pieces = {BlockPlan(span=(i, i)): Piece(0, draw(st.integers(8, 10))) for i in range(BLOCKS)}
+    """The teacher's own blocks and some replacements, in any currency: parameters, latencies that
+    are no round numbers, or memory with its peaks. Whole damages keep sums exact."""
+    currency = draw(st.sampled_from(CURRENCIES))
+    own, other = draw(st.integers(8, 10)), draw(st.integers(5, 12))
+    costs = {
+        "parameters": {1.0: (own, 0), 0.5: (6, 0)},
+        "latency": {1.0: (own, 0), 0.5: (other, 0)},
+        # A narrow block may hold less weight and need more to run, or the other way round.
+        "memory": {1.0: (own, draw(st.integers(0, 9))), 0.5: (6, draw(st.integers(0, 9)))},
+    }[currency]
+    pieces = {BlockPlan(span=(i, i)): Piece(0, *costs[1.0]) for i in range(BLOCKS)}
+    if currency == "parameters":
+        pieces = {block: Piece(0, draw(st.integers(8, 10))) for block in pieces}
     spans = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, 4)).map(
         lambda s: (s[0], min(BLOCKS - 1, s[0] + s[1] - 1))
     )
     for span, ffn in draw(st.lists(st.tuples(spans, st.sampled_from([1.0, 0.5])), max_size=16)):
         block = BlockPlan(span=span, start="library", ffn=ffn)
         if not block.untouched:
-            pieces[block] = Piece(draw(st.integers(1, 20)), 9 if ffn == 1 else 6)
+            pieces[block] = Piece(draw(st.integers(1, 20)), *costs[ffn])
     return pieces
 
 
 def every_partition(
-    pieces: Pieces, first: int = 0
+    pieces: Pieces, first: int = 0, peak: int = 0
 ) -> list[tuple[float, int, tuple[BlockPlan, ...]]]:
     if first == BLOCKS:
-        return [(0, OUTSIDE, ())]
+        return [(0, OUTSIDE + peak, ())]
     return [
-        (piece.damage + damage, piece.parameters + parameters, (block, *blocks))
+        (piece.damage + damage, piece.cost + cost, (block, *blocks))
         for block, piece in pieces.items()
         if block.span[0] == first
-        for damage, parameters, blocks in every_partition(pieces, block.span[1] + 1)
+        for damage, cost, blocks in every_partition(
+            pieces, block.span[1] + 1, max(peak, piece.peak)
+        )
     ]
 
 
@@ -66,7 +79,7 @@ def test_finds_what_brute_force_finds(
     found = best_partitions(pieces, BLOCKS, OUTSIDE, limit, count)
     assert [partition.damage for partition in found] == fitting[:count]
     assert len({partition.blocks for partition in found}) == len(found)
-    assert {(p.damage, p.parameters, p.blocks) for p in found} <= set(all_of_them)
+    assert {(p.damage, p.cost, p.blocks) for p in found} <= set(all_of_them)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,13 +88,14 @@ def test_the_curve_is_the_best_of_every_budget(pieces: dict[BlockPlan, Piece]) -
     curve = budget_curve(pieces, BLOCKS, OUTSIDE)
     every = set(every_partition(pieces))
     expected: list[tuple[int, float]] = []
-    for parameters, damage in sorted((p[1], p[0]) for p in every):
+    for cost, damage in sorted((p[1], p[0]) for p in every):
         if not expected or damage < expected[-1][1]:
-            expected.append((parameters, damage))
-    assert [(p.parameters, p.damage) for p in curve] == expected
+            expected.append((cost, damage))
+    assert [(p.cost, p.damage) for p in curve] == expected
     for partition in curve:
-        assert (partition.damage, partition.parameters, partition.blocks) in every
-        assert best_partitions(pieces, BLOCKS, OUTSIDE, partition.parameters)[0] == partition
+        assert (partition.damage, partition.cost, partition.blocks) in every
+        best = best_partitions(pieces, BLOCKS, OUTSIDE, partition.cost)[0]
+        assert best[:2] == partition[:2]
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,8 +104,8 @@ def test_damage_through_a_piece_is_that_of_the_best_plan_with_it(
     pieces: dict[BlockPlan, Piece], limit: int
 ) -> None:
     expected: dict[BlockPlan, float] = {}
-    for damage, parameters, blocks in every_partition(pieces):
-        if parameters <= limit:
+    for damage, cost, blocks in every_partition(pieces):
+        if cost <= limit:
             for block in blocks:
                 expected[block] = min(damage, expected.get(block, math.inf))
     assert damages_through(pieces, BLOCKS, OUTSIDE, limit) == expected
@@ -103,9 +117,7 @@ def test_real_damages_are_as_exact_as_whole_ones(
     pieces: dict[BlockPlan, Piece], limit: int, seed: int
 ) -> None:
     rng = random.Random(seed)
-    uneven = {
-        b: Piece(p.damage * rng.lognormvariate(0, 2), p.parameters) for b, p in pieces.items()
-    }
+    uneven = {b: Piece(p.damage * rng.lognormvariate(0, 2), *p[1:]) for b, p in pieces.items()}
     fitting = sorted(p[0] for p in every_partition(uneven) if p[1] <= limit)
     if fitting:
         found = best_partitions(uneven, BLOCKS, OUTSIDE, limit, 4)

@@ -37,7 +37,7 @@ def test_every_point_is_a_valid_plan_under_the_budget(
 ) -> None:
     holds = {name: data.draw(st.floats(0, 1)) for name in space.names}
     plan = next(space.plans(holds, limit))
-    assert space.parameters(plan) <= limit
+    assert space.cost(plan) <= limit
     assert all(block in space.pieces for block in plan.blocks)
 
 
@@ -55,18 +55,18 @@ def test_a_plan_comes_back_from_its_point_under_its_own_size(
 ) -> None:
     holds = {name: data.draw(st.floats(0, 1)) for name in space.names}
     plan = next(space.plans(holds, limit))
-    again = next(space.plans(space.encode(plan), space.parameters(plan)))
+    again = next(space.plans(space.encode(plan), space.cost(plan)))
     # What is held stays; where the point is free, only less damage at no more parameters differs.
     if again != plan:
         assert space.damage(again) <= space.damage(plan)
-        assert space.parameters(again) <= space.parameters(plan)
+        assert space.cost(again) <= space.cost(plan)
 
 
 def test_a_point_gives_every_plan_once() -> None:
     space = make_space([1, 2, 3])
     plans = list(space.plans(dict.fromkeys(space.names, 0.5), 45))
     assert len({plan.digest for plan in plans}) == len(plans) > 100
-    assert all(space.parameters(plan) <= 45 for plan in plans)
+    assert all(space.cost(plan) <= 45 for plan in plans)
 
 
 def test_a_plan_beyond_the_library_is_refused_with_its_block() -> None:

@@ -44,7 +44,7 @@ def trial(number: int, loss: float | None = 0.25) -> Trial:
         budget="50pct",
         origin=SAMPLERS[0],
         plan=PLANS[number],
-        parameters=SPACE.parameters(PLANS[number]),
+        parameters=SPACE.cost(PLANS[number]),
         damage=SPACE.damage(PLANS[number]),
         expected=None,
         fidelity_loss=loss,
@@ -83,7 +83,7 @@ def test_shows_every_trial_once_while_the_search_runs(url: str) -> None:
     study = read(url)
     assert numbers(url) == [0, 1, 2]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert study.trials[2].values == [0.5, SPACE.parameters(PLANS[2])]
+    assert study.trials[2].values == [0.5, SPACE.cost(PLANS[2])]
     assert study.metric_names == ["fidelity loss", "parameters"]
 
 
@@ -164,3 +164,16 @@ def test_an_object_stores_study_lies_in_the_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert journal_file("s3://bucket/prefix", "one").startswith(str(tmp_path))
     assert journal_file("s3://bucket/prefix", "one") != journal_file("s3://bucket/other", "one")
+
+
+def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str) -> None:
+    log = StudyLog(url, "one", "t", "s", ("latency", "fidelity_loss"))
+    timed = {"costs": {"latency": 700}, "measured": {"latency": 900}, "over": 0.125}
+    log.add(
+        [trial(0).model_copy(update=timed), trial(1).model_copy(update={**timed, "over": -0.5})]
+    )
+    study = read(url)
+    assert study.metric_names == ["latency", "fidelity loss"]
+    assert [t.values for t in study.trials] == [[700, 0.25], [700, 0.25]]
+    assert [t.constraints for t in study.trials] == [{"budget": 0.125}, {"budget": -0.5}]
+    assert [t.number for t in study.best_trials] == [1]

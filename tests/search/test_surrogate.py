@@ -80,7 +80,7 @@ def test_a_piece_that_no_scored_plan_holds_is_only_scaled() -> None:
     corrected = surrogate.pieces()
     for block, piece in space.pieces.items():
         assert corrected[block].damage == pytest.approx(3 * piece.damage)
-        assert corrected[block].parameters == piece.parameters
+        assert corrected[block].cost == piece.cost
 
 
 def test_what_was_learned_ranks_unseen_plans_better() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.proposals import Target
-from search.score import Bench, Score, Scorer
+from search.budget import Target
+from search.score import Bench, Measuring, Score, Scorer
 from search.space import Space
 from search.trials import (
     SearchConfig,
@@ -33,6 +33,7 @@ from trainers.data.latents import open_latents
 from trainers.data.shards import EncodedMeta, shard_prefix
 from trainers.evaluate import fidelity_loss
 from trainers.library.library import TENSORS, Library, ReplacementMeta
+from trainers.measure import MeasureConfig, measure_table, measuring_inputs
 from trainers.probe import ProbeConfig, make_probe
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
@@ -103,7 +104,7 @@ def space(teacher: Teacher, store: Store, bench: Bench) -> Space:
 
 @pytest.fixture(scope="module")
 def targets(space: Space) -> list[Target]:
-    own = space.pieces[BlockPlan(span=(0, 0))].parameters
+    own = space.pieces[BlockPlan(span=(0, 0))].cost
     return [Target("small", space.outside + 3 * own), Target("large", space.outside + 4 * own)]
 
 
@@ -164,7 +165,7 @@ def test_trials_are_published_in_order(trials: list[Trial], store: Store) -> Non
 
 def test_pareto_and_best(trials: list[Trial], targets: list[Target]) -> None:
     front = pareto_trials(trials)
-    best = best_trials(trials, targets[1].limit)[0]
+    best = best_trials(trials, targets[1])[0]
     assert best.fidelity_loss == min(t.fidelity_loss for t in trials if t.fidelity_loss is not None)
     assert best in front
 
@@ -272,3 +273,43 @@ def test_a_plan_that_hangs_fails_alone_and_stays_failed(
     assert "search.timeout" in (found[3].failed or "")
     again = run_search(space, targets, hanging, config, store, "sweeps/six/search", cpus=2.0)
     assert again == found
+
+
+def test_budgets_of_a_device_are_searched_and_every_plan_is_measured(
+    ray: None, teacher: Teacher, store: Store, bench: Bench
+) -> None:
+    model, family = teacher.transformer(), teacher.family
+    latents, settings = open_latents(store, "encoded/x"), MeasureConfig(warmup=0, repeats=3)
+    inputs = measuring_inputs(latents, 64, settings, "cpu", torch.float32)
+    blocks = [BlockPlan(span=(i, i)) for i in range(6)] + [b for b, _ in bench.replacements]
+    table = measure_table(model, family, teacher.config, blocks, inputs, settings)
+    space = library_space(teacher, Library(store, dict(bench.replacements)), table)
+    targets = [
+        Target("70pct-memory", int(0.7 * table.teacher.memory), "memory"),
+        Target("75pct-latency", int(0.75 * table.teacher.latency), "latency", margin=0.05),
+    ]
+    config = CONFIG.model_copy(update={"objectives": ("latency", "fidelity_loss", "memory")})
+    trials = run_search(
+        space,
+        targets,
+        replace(bench, measuring=Measuring(table, settings, 64)),
+        config,
+        store,
+        "sweeps/device/search",
+        cpus=0.5,
+    )
+    assert len(trials) == CONFIG.trials
+    by_label = {target.label: target for target in targets}
+    for trial in trials:
+        target = by_label[trial.budget]
+        measured = trial.measured[target.currency]
+        assert trial.cost(target.currency) <= target.room
+        assert trial.over == pytest.approx(measured / target.limit - 1)
+        assert trial.measured["memory"] == pytest.approx(trial.costs["memory"], rel=0.02)
+        assert trial.measured["latency"] > 0
+    assert load_trials(store, "sweeps/device/search") == trials
+    best = best_trials(trials, targets[0], None)
+    assert best
+    assert all(trial.measured["memory"] <= targets[0].limit for trial in best)
+    front = pareto_trials(trials, ("latency", "fidelity_loss", "memory"))
+    assert min(t.cost("latency") for t in front) == min(t.cost("latency") for t in trials)
