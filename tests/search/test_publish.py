@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from search.objectives import Objective, judge_decides
 from search.publish import Finalist, choose, register
 from search.report.data import Scores
 from storage.store import Store, open_store
@@ -41,6 +42,18 @@ def test_the_judge_decides_before_the_loss() -> None:
     assert choose([finalist(0.1, 0.8), finalist(0.2, 0.9)]).judge_score == 0.9
     assert choose([finalist(0.2, 0.9), finalist(0.1, 0.9)]).loss_after == 0.1
     assert choose([finalist(0.2), finalist(0.1)]).loss_after == 0.1
+
+
+def test_the_objective_that_is_named_first_decides() -> None:
+    finalists = [finalist(0.2, 0.9), finalist(0.1, 0.8)]
+    orders: list[tuple[tuple[Objective, ...] | None, float]] = [
+        (None, 0.2),
+        (("judge_score", "parameters", "fidelity_loss"), 0.2),
+        (("fidelity_loss", "latency", "judge_score"), 0.1),
+        (("parameters", "fidelity_loss"), 0.1),
+    ]
+    for objectives, loss in orders:
+        assert choose(finalists, judge_decides(objectives)).loss_after == loss
 
 
 def test_best_holds_the_best_of_all_sweeps(store: Store, teacher: Teacher) -> None:
