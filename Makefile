@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow miniature bench study clean
+.PHONY: help install demo check test test-slow miniature bench bench-search study clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,9 +33,13 @@ test-slow: install ## the default suite and the long tests (kills in every stage
 	$(BIN)/python -m pytest
 
 bench: install ## the figures of benchmarks/README.md (after make demo)
-	$(BIN)/python -m benchmarks.search examples/miniature.yaml
 	$(BIN)/python -m benchmarks.library examples/miniature.yaml
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 -m benchmarks.shard examples/miniature.yaml
+
+bench-search: install ## what a search costs, against TPE and ASHA with a student a trial (after make demo)
+	$(BIN)/python -m benchmarks.solver
+	$(BIN)/python -m benchmarks.search examples/miniature.yaml --trials 2000
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival.run examples/miniature.yaml --out build/rival
 
 study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study

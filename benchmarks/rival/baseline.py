@@ -83,7 +83,7 @@ def trial(config: dict[str, Any]) -> None:
     def reached(mark: Mark) -> None:
         score = judged(setting, student) if mark.steps == steps else None
         told = {**mark._asdict(), "judge": score, "order": config["order"]}
-        with (Path(options["folder"]) / f"{config['order']:04d}.jsonl").open("a") as lines:
+        with (Path(options["notes"]) / f"{config['order']:04d}.jsonl").open("a") as lines:
             lines.write(json.dumps(told) + "\n")
         tune.report(told)
 
@@ -92,9 +92,17 @@ def trial(config: dict[str, Any]) -> None:
 
 
 def run_baseline(
-    config: Path, limit: int, trials: int, steps: int, seed: int, per_family: int, workers: int
+    config: Path,
+    limit: int,
+    trials: int,
+    steps: int,
+    seed: int,
+    per_family: int,
+    workers: int,
+    notes: Path,
 ) -> dict[str, Any]:
-    """Searches, and says of each trial in order of proposal what it reached and what it cost."""
+    """Searches, and says of each trial in order of proposal what it reached and what it cost; as
+    they run, trials note it in the empty folder `notes`."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
@@ -121,7 +129,7 @@ def run_baseline(
             "steps": steps,
             "seed": seed,
             "per_family": per_family,
-            "folder": folder,
+            "notes": str(notes.resolve()),
         }
         scheduler = ASHAScheduler(
             time_attr="steps", max_t=steps, grace_period=rungs(steps)[0], reduction_factor=REDUCTION
@@ -140,7 +148,7 @@ def run_baseline(
         ).fit()
         told = [
             [json.loads(line) for line in file.read_text().splitlines()]
-            for file in sorted(Path(folder).glob("*.jsonl"))
+            for file in sorted(notes.glob("*.jsonl"))
         ]
     return {
         "steps": steps,

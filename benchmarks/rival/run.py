@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ def main() -> None:
     for steps in options.steps:
 
         def search(steps: int = steps) -> dict[str, Any]:
+            notes = options.out / f"trials-{steps}"
+            shutil.rmtree(notes, ignore_errors=True)
+            notes.mkdir()
             with connected("cpu"):
                 return run_baseline(
                     options.config,
@@ -52,6 +56,7 @@ def main() -> None:
                     options.seed,
                     options.per_family,
                     processors(),
+                    notes,
                 )
 
         rivals.append(once(options.out / f"baseline-{steps}.json", search))
