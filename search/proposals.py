@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from search.budget import Currency, Target
 from search.objectives import DEFAULT, Scored
@@ -23,6 +23,9 @@ from search.space import Space
 from search.surrogate import Surrogate
 from trainers.students.plan import Plan
 
+if TYPE_CHECKING:
+    import optuna
+
 Origin = (
     Literal["exact", "corrected", "uniform", "ppcl", "amber", "influence", "earlier", "given"]
     | Sampler
@@ -30,10 +33,15 @@ Origin = (
 """Who proposed a plan: the exact solver by the pieces' own damages or by corrected ones, a rule
 (search/rules.py), an earlier sweep, the user, or a sampler."""
 
+_REMEMBERED = 128
+"""Trials of a study that its sampler keeps, when there are twice as many: half of them the best,
+half the latest. What a proposal takes in time and memory then stays the same however many there
+have been."""
+
 _CORRECTED = 4
 """Best plans by corrected damages among which a new one is looked for."""
 
-_STEPS_AWAY = 16
+_STEPS_AWAY = 8
 """Points tried, ever farther from the one that Optuna drew, while they only give plans that were
 seen; then the solver's own order of plans is followed."""
 
@@ -89,6 +97,7 @@ class Proposals:
         self._sampler: Sampler = sampler
         self._total = trials
         self._objectives = tuple(objectives)
+        self._loss_at = self._objectives.index("fidelity_loss")
         self.studies = {
             target.label: optuna.create_study(directions=["minimize"] * len(objectives))
             for target in targets
@@ -106,6 +115,10 @@ class Proposals:
         self._dearer: dict[str, list[float]] = {target.label: [] for target in targets}
         """Measured cost over predicted cost, of the plans told so far."""
         self._told = 0
+        self._first_unknown = 0
+        """The first proposal that has no result yet."""
+        self._orders: dict[tuple[str, int], Iterator[Plan]] = {}
+        """By budget and room, the plans in the solver's order, as far as they were looked at."""
         self._exhausted: set[str] = set()
 
     @property
@@ -117,7 +130,9 @@ class Proposals:
     def next(self) -> Proposal | None:
         """The next proposal; None while it waits for results, and when `finished`."""
         number = len(self._asked)
-        if self.finished or any(n not in self._results for n in range(number - self._lag + 1)):
+        while self._first_unknown in self._results:
+            self._first_unknown += 1
+        if self.finished or self._first_unknown <= number - self._lag:
             return None
         self._tell_until(number - self._lag)
         if number < len(self._starts):
@@ -211,7 +226,8 @@ class Proposals:
             if plan.digest not in self._seen:
                 self._drawn[len(self._asked)] = asked.system_attrs
                 return self._proposed(target.label, self._sampler, plan)
-        for plan in space.plans(dict.fromkeys(space.names, 0.0), room):
+        order = space.plans(dict.fromkeys(space.names, 0.0), room)
+        for plan in self._orders.setdefault((target.label, room), order):
             if plan.digest not in self._seen:
                 return self._proposed(target.label, "exact", plan)
         return None
@@ -249,9 +265,28 @@ class Proposals:
                 constraints=None if cost is None else {target.currency: target.over(cost)},
                 system_attrs=dict(self._drawn.get(proposal.number, {})),
             )
-            self.studies[proposal.budget].add_trial(result)
+            study = self.studies[proposal.budget]
+            study.add_trial(result)
+            self.studies[proposal.budget] = _shortened(study, self._loss_at)
             if loss > 0:
                 self._surrogates[proposal.budget].learn(proposal.plan, loss)
+
+
+def _shortened(study: optuna.Study, loss_at: int) -> optuna.Study:
+    """The study itself, or when it has grown long, one of its trials that matter most; `loss_at`
+    is the place of the fidelity loss among its values."""
+    import optuna
+
+    if len(study.get_trials(deepcopy=False)) < 4 * _REMEMBERED:  # half of them asked, half told
+        return study
+    whole = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    by_loss = sorted(whole[: -_REMEMBERED // 2], key=lambda trial: trial.values[loss_at])
+    kept = sorted(
+        [*by_loss[: _REMEMBERED // 2], *whole[-_REMEMBERED // 2 :]], key=lambda t: t.number
+    )
+    shorter = optuna.create_study(directions=study.directions)
+    shorter.add_trials(kept)
+    return shorter
 
 
 def _moved(hold: float, rng: random.Random, distance: float) -> float:

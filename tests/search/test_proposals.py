@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+import search.proposals
 from search.budget import Target
 from search.proposals import Proposal, Proposals, Start
 from search.ranks import rank_correlation
@@ -219,3 +220,22 @@ def timed_space() -> Space:
     pieces = {b: p._replace(cost=80 if b.ffn == 1 else 60) for b, p in space.pieces.items()}
     timed = replace(space, outside=40, pieces=pieces)
     return replace(space, others={"latency": timed})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_long_search_remembers_its_best_and_its_latest(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.proposals, "_REMEMBERED", 8)
+    space = make_space(max_span=4)
+    proposals = make_proposals(space, trials=100, sampler=sampler)
+    made = run(proposals, space, workers=1)
+    assert len(made) == 100
+    for target in TARGETS:
+        kept = proposals.studies[target.label].get_trials(deepcopy=False)
+        assert len(kept) < 5 * 8  # a few are asked between two that are told
+        mine = [loss_of(space, p) for p in made[:-4] if p.budget == target.label]
+        assert min(t.values[0] for t in kept if t.values) == min(
+            loss for loss in mine if math.isfinite(loss)
+        )
+    assert run(make_proposals(space, trials=100, sampler=sampler), space, workers=3) == made

@@ -298,7 +298,8 @@ def test_budgets_of_a_device_are_searched_and_every_plan_is_measured(
         "sweeps/device/search",
         cpus=0.5,
     )
-    assert len(trials) == CONFIG.trials
+    # How many plans fit follows latencies, which are this machine's.
+    assert {trial.budget for trial in trials} == {target.label for target in targets}
     by_label = {target.label: target for target in targets}
     for trial in trials:
         target = by_label[trial.budget]
