@@ -222,7 +222,7 @@ def timed_space() -> Space:
     return replace(space, others={"latency": timed})
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_a_long_search_remembers_its_best_and_its_latest(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
