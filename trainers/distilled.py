@@ -6,19 +6,19 @@ wants of a model goes through the forward of the module that was sharded as the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trainers.library.train import teacher_states
 from trainers.students.families.base import Family, Inputs, State
 from trainers.students.plan import BlockPlan, Plan
 
 
-class Replaced(NamedTuple):
-    """One block of the student that is not simply the teacher's."""
+class Placed(NamedTuple):
+    """One block of the student."""
 
     place: int
     """Its number in the student."""
@@ -32,10 +32,10 @@ class Distilled(nn.Module):
         super().__init__()
         self.family = family
         self.student = student
-        self.replaced: tuple[Replaced, ...] = tuple(
-            Replaced(i, block) for i, block in enumerate(plan.blocks) if not block.untouched
-        )
-        """The blocks that replace something, in order."""
+        self.placed = tuple(Placed(i, block) for i, block in enumerate(plan.blocks))
+        """The student's blocks on paper, in order."""
+        self.replaced = tuple(placed for placed in self.placed if not placed.block.untouched)
+        """Those that are not simply the teacher's."""
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -43,30 +43,32 @@ class Distilled(nn.Module):
         return self.family.block_modules(self.student)
 
     def forward(
-        self, inputs: Inputs, before: Sequence[State] | Literal["own"] | None = None
-    ) -> Tensor | tuple[State, ...]:
-        """The student's velocity_BNC; or the states after each block in `replaced`: run on its own
-        from the teacher's state before its span, or with "own" one behind the other, each from what
-        the student's blocks before it make, through which no gradient flows."""
-        if before is None:
+        self, inputs: Inputs, place: int | None = None, before: State | None = None
+    ) -> Tensor | State:
+        """The student's velocity_BNC; or the state after its block number `place`, of which
+        `before` is the state before it, the student's first when None."""
+        if place is None:
             return self.family.forward(self.student, inputs)
         state, context = self.family.begin(self.student, inputs)
-        if before == "own":
-            places, after = {replaced.place for replaced in self.replaced}, []
-            for place, block in enumerate(self.blocks):
-                state = self.family.run_block(block, detached(state), context)
-                if place in places:
-                    after.append(state)
-            return tuple(after)
-        return tuple(
-            self.family.run_block(self.blocks[replaced.place], state, context)
-            for replaced, state in zip(self.replaced, before, strict=True)
-        )
+        return self.family.run_block(self.blocks[place], before or state, context)
 
 
 def detached(state: State) -> State:
     """The same state, through which no gradient flows."""
     return State(*(None if part is None else part.detach() for part in state))  # type: ignore[arg-type]  # only modulated_BMD is ever None
+
+
+def joined(states: Sequence[State]) -> State:
+    """The state of a batch from its parts, in order."""
+    parts = zip(*states, strict=True)
+    return State(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]  # as above
+
+
+class Visit(Protocol):
+    """Sees the teacher's states one by one, on its way through the blocks."""
+
+    def __call__(self, edge: int, state: State) -> None:
+        """`state` is the one before block number `edge`, or after the last."""
 
 
 class Observed(nn.Module):
@@ -84,10 +86,15 @@ class Observed(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, inputs: Inputs, edges: Collection[int] | None = None
-    ) -> Tensor | dict[int, State]:
-        """The teacher's velocity_BNC; or its states before each block in `edges`, where the number
-        of blocks stands for the state after the last."""
-        if edges is None:
+        self, inputs: Inputs, visit: Visit | None = None, last: int | None = None
+    ) -> Tensor | None:
+        """The teacher's velocity_BNC; or nothing, but `visit` is shown each state up to the one
+        before block `last`, and none is kept."""
+        if visit is None:
             return self.family.forward(self.teacher, inputs)
-        return teacher_states(self.teacher, self.family, inputs, edges).states
+        state, context = self.family.begin(self.teacher, inputs)
+        visit(0, state)
+        for i, block in enumerate(islice(self.blocks, last)):
+            state = self.family.run_block(block, state, context)
+            visit(i + 1, state)
+        return None

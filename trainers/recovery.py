@@ -8,21 +8,25 @@ depends on the seed, p and s alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from storage.errors import EspalierError
 from trainers.data.latents import Latents, training_inputs
-from trainers.distilled import Distilled, Observed
-from trainers.losses import diffusion_loss, span_loss, velocity_loss
+from trainers.distilled import Distilled, Observed, detached, joined
+from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
 from trainers.optimizer import adamw, rate_at
 from trainers.schedule import Phase, Schedule
 from trainers.students.families.base import Inputs, State
+
+Mean = Callable[[Tensor], Tensor]
+"""The mean of a tensor over all ranks; every rank calls it equally often."""
 
 _OPTIMIZER = "optimizer/"
 _STUDENT = "student/"
@@ -89,12 +93,12 @@ def recover(
     optimizer_tensors: Mapping[str, Tensor] | None = None,
     save: Save = lambda at, student, optimizer: None,
     report: Callable[[Position, float], None] = lambda at, loss: None,
-    mean: Callable[[Tensor], Tensor] = lambda loss: loss,
+    mean: Mean = lambda value: value,
 ) -> None:
     """Train the student in place from `at` until so many steps of the schedule are taken, or all.
 
     `optimizer_tensors` continues inside a phase: what `snapshot` gave there. `report` gets each
-    step's position and loss; `mean` averages a scalar over the ranks, when there are several.
+    step's position and loss; `mean` averages over the ranks, when there are several.
     Raises NanLossError, naming phase and step, on every rank alike.
     """
     until = schedule.steps if until is None else until
@@ -128,12 +132,12 @@ def train_step(
     example: Example,
     phase: Phase,
     optimizer: torch.optim.Optimizer,
-    mean: Callable[[Tensor], Tensor],
+    mean: Mean,
+    micro_batch: int | None = None,
 ) -> float:
     """One optimizer step; the loss before it, over all ranks. NaN, and no step, when the loss or
     the gradient's norm is not finite."""
-    loss = phase_loss(student, teacher, example, phase)
-    loss.backward()
+    loss = backward(student, teacher, example, phase, mean, micro_batch)
     trained = [p for p in student.parameters() if p.grad is not None]
     norm = full(nn.utils.clip_grad_norm_(trained, phase.clip))
     value, norm_value = torch.stack([mean(loss.detach()), norm.detach()]).tolist()
@@ -144,18 +148,39 @@ def train_step(
     return cast("float", value) if finite else math.nan
 
 
-def phase_loss(student: Distilled, teacher: Observed, example: Example, phase: Phase) -> Tensor:
-    """The loss of one phase, of this rank's slice; over several ranks their mean is trained.
+def backward(
+    student: Distilled,
+    teacher: Observed,
+    example: Example,
+    phase: Phase,
+    mean: Mean,
+    micro_batch: int | None = None,
+) -> Tensor:
+    """Adds the gradient of one phase's loss; the loss of this rank's slice, whose mean over the
+    ranks is the loss of the whole batch.
 
-    `span` is the mean over replacements, each of which it reaches apart from the others (PPCL
+    At most `micro_batch` pictures have a graph at a time, and of `span` one replacement at a time.
+    Its loss is the mean over replacements, each of which it reaches apart from the others (PPCL
     sums; AdamW does not see the difference).
     """
+    count = len(example.clean_BNC)
+    parts = [slice(i, i + (micro_batch or count)) for i in range(0, count, micro_batch or count)]
     if phase.loss == "span":
-        return _span_loss(student, teacher, example.inputs, phase)
-    velocity_BNC = cast("Tensor", student(example.inputs))
-    if phase.loss == "velocity":
-        return velocity_loss(velocity_BNC, cast("Tensor", teacher(example.inputs)))
-    return diffusion_loss(velocity_BNC, example.clean_BNC, example.noise_BNC)
+        return _span_backward(student, teacher, example.inputs, phase, mean, parts)
+    total = example.clean_BNC.new_zeros((), dtype=torch.float32)
+    for rows in parts:
+        inputs = example.inputs.rows(rows)
+        velocity_BNC = cast("Tensor", student(inputs))
+        if phase.loss == "velocity":
+            loss = velocity_loss(velocity_BNC, cast("Tensor", teacher(inputs)))
+        else:
+            clean_BNC, noise_BNC = example.clean_BNC[rows], example.noise_BNC[rows]
+            loss = diffusion_loss(velocity_BNC, clean_BNC, noise_BNC)
+        loss = loss * (len(velocity_BNC) / count)
+        _reduce_root(student, last=rows is parts[-1])
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def set_trainable(student: Distilled, phase: Phase) -> None:
@@ -261,20 +286,63 @@ def _like(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
-def _span_loss(student: Distilled, teacher: Observed, inputs: Inputs, phase: Phase) -> Tensor:
-    spans = [replaced.block.span for replaced in student.replaced]
-    edges = {edge for first, last in spans for edge in (first, last + 1)}
-    states = cast("dict[int, State]", teacher(inputs, edges))
-    before = "own" if phase.inputs == "student" else [states[first] for first, _ in spans]
-    after = cast("tuple[State, ...]", student(inputs, before))
-    losses = [
-        span_loss(
-            state,
-            states[last + 1],
-            inputs.mask_BM,
-            phase.magnitude,
-            text=last + 1 < len(teacher.blocks),
-        )
-        for state, (_, last) in zip(after, spans, strict=True)
-    ]
-    return torch.stack(losses).mean()
+def _span_backward(
+    student: Distilled,
+    teacher: Observed,
+    inputs: Inputs,
+    phase: Phase,
+    mean: Mean,
+    parts: Sequence[slice],
+) -> Tensor:
+    """Walks the teacher once; where it passes the end of a span, the student's block for the span
+    runs, forward and backward, before the teacher goes on: neither graphs nor states pile up."""
+    own = phase.inputs == "student"
+    blocks = student.placed if own else student.replaced
+    ends = {block.span[1] + 1: (place, block) for place, block in blocks}
+    starts = {block.span[0] for _, block in blocks}
+    last = student.replaced[-1].block.span[1] + 1
+    total = inputs.noisy_BNC.new_zeros((), dtype=torch.float32)
+    before: State | None = None
+
+    def visit(edge: int, state: State) -> None:
+        nonlocal before
+        if edge in ends:
+            place, block = ends[edge]
+            whole = None if block.untouched else _whole(state, inputs.mask_BM, mean)
+            after = []
+            for rows in parts:
+                part, start = inputs.rows(rows), before.rows(rows) if before else None
+                with torch.set_grad_enabled(whole is not None):
+                    reached = cast("State", student(part, place, start))
+                    if whole is not None:
+                        text = edge < len(teacher.blocks)
+                        aim, mask_BM = state.rows(rows), part.mask_BM
+                        loss = span_loss(reached, aim, mask_BM, phase.magnitude, text, whole)
+                        loss = loss / len(student.replaced)
+                        _reduce_root(student, last=edge == last and rows is parts[-1])
+                        loss.backward()
+                        total.add_(loss.detach())
+                if own:
+                    after.append(detached(reached))
+            before = joined(after) if own else None
+        if not own and edge in starts:
+            before = state
+
+    teacher(inputs, visit, last)
+    return total
+
+
+def _whole(state: State, mask_BM: Tensor | None, mean: Mean) -> tuple[Totals, Totals]:
+    """Of text and image, the totals of a whole batch, a rank's share of them."""
+    text, image = totals(state.text_BMD, mask_BM), totals(state.image_BND)
+    shared = mean(torch.stack([*text, *image]))
+    return Totals(*shared[:2]), Totals(*shared[2:])
+
+
+def _reduce_root(student: Distilled, last: bool) -> None:
+    """Of a sharded student, what belongs to no block's own shards is gathered and its gradient
+    reduced once a step, at the `last` backward pass; a block's own shards are at each, because
+    whole gradients of all blocks would not fit beside the model."""
+    if isinstance(student, FSDPModule):
+        student.set_requires_gradient_sync(last, recurse=False)
+        student.set_reshard_after_backward(last, recurse=False)

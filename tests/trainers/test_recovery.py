@@ -15,8 +15,8 @@ from trainers.recovery import (
     NanLossError,
     Position,
     RecoveryError,
+    backward,
     examples_of,
-    phase_loss,
     recover,
     restore_weights,
     set_trainable,
@@ -25,6 +25,7 @@ from trainers.recovery import (
 )
 from trainers.schedule import Phase, Schedule
 from trainers.students.families import family_named
+from trainers.students.families.base import State
 from trainers.students.plan import BlockPlan, Plan, identity_plan
 from trainers.students.surgery import assemble
 
@@ -77,6 +78,11 @@ def latents() -> Latents:
         captions=tuple(map(str, range(12))),
     )
     return Latents([shard], held_out=2)
+
+
+def alone(value: Tensor) -> Tensor:
+    """The mean over one rank."""
+    return value
 
 
 @dataclass
@@ -165,7 +171,7 @@ def test_replacements_may_be_fed_the_students_own_states(
     phase = SCHEDULE.phases[0].model_copy(update={"inputs": "student"})
     set_trainable(student, phase)
     example = next(examples_of(latents, seed=3)(0, phase, 0))
-    phase_loss(student, Observed(FAMILY, teacher), example, phase).backward()
+    backward(student, Observed(FAMILY, teacher), example, phase, alone)
     found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
     other = Run(teacher, latents).student
@@ -185,11 +191,66 @@ def test_replacements_may_be_fed_the_students_own_states(
                 state, detached(states[ends[i]]), example.inputs.mask_BM, phase.magnitude, text=text
             )
             (loss / len(ends)).backward()
-    expected = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
     assert {name.split(".")[2] for name in found} == {str(i) for i in ends}
+    assert_same_gradients(student, other)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+def test_a_span_phase_has_the_gradient_of_the_mean_over_replacements(
+    teacher: nn.Module, latents: Latents, micro_batch: int | None
+) -> None:
+    """Against the loss written out over the whole batch at once."""
+    phase = SCHEDULE.phases[0]
+    example = next(examples_of(latents, seed=3)(0, phase, 0))
+    assert example.inputs.mask_BM is not None
+    other = Run(teacher, latents).student
+    set_trainable(other, phase)
+    states: list[State] = []
+    Observed(FAMILY, teacher)(example.inputs, lambda edge, state: states.append(state))
+    losses = []
+    for place, block in other.replaced:
+        first, last = block.span
+        after = other(example.inputs, place, states[first])
+        losses.append(
+            span_loss(
+                after, states[last + 1], example.inputs.mask_BM, phase.magnitude, text=last < 3
+            )
+        )
+    expected = torch.stack(losses).mean()
+    expected.backward()
+
+    student = Run(teacher, latents).student
+    set_trainable(student, phase)
+    observed = Observed(FAMILY, teacher)
+    loss = backward(student, observed, example, phase, alone, micro_batch)
+    torch.testing.assert_close(loss, expected.detach())
+    assert_same_gradients(student, other)
+
+
+@pytest.mark.parametrize("number", range(3), ids=lambda i: SCHEDULE.phases[i].loss)
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_micro_batches_add_up_to_the_batch(
+    teacher: nn.Module, latents: Latents, number: int, inputs: str
+) -> None:
+    phase = SCHEDULE.phases[number].model_copy(update={"inputs": inputs, "batch_size": 5})
+    example = next(examples_of(latents, seed=3)(number, phase, 0))
+    losses, students = [], []
+    for micro_batch in (None, 2):
+        student = Run(teacher, latents).student
+        set_trainable(student, phase)
+        observed = Observed(FAMILY, teacher)
+        losses.append(backward(student, observed, example, phase, alone, micro_batch))
+        students.append(student)
+    torch.testing.assert_close(losses[1], losses[0])
+    assert_same_gradients(*students)
+
+
+def assert_same_gradients(student: nn.Module, other: nn.Module) -> None:
+    expected = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient)
+        torch.testing.assert_close(found[name], gradient, msg=name)
 
 
 def test_every_phase_lowers_its_loss(teacher: nn.Module, latents: Latents) -> None:

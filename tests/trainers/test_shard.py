@@ -12,6 +12,7 @@ import torch.distributed
 from tests.trainers.students.tiny import FAMILY_TEACHERS, Tiny
 from trainers import worker
 from trainers.distilled import Distilled, Observed
+from trainers.students.families.base import State
 from trainers.students.surgery import assemble
 from trainers.worker import shard
 
@@ -48,6 +49,8 @@ def test_sharding_changes_nothing_in_low_precision(
         shard(module, torch.device("cpu"), half)
     assert torch.equal(observed(inputs), expected[0])
     assert torch.equal(distilled(inputs), expected[1])
-    states = observed(inputs, {0, 3, 6})
-    after = distilled(inputs, [states[first] for first in (0, 3)])
-    assert [state.image_BND.dtype for state in after] == [half, half]
+    states: list[State] = []
+    observed(inputs, lambda edge, state: states.append(state))
+    assert len(states) == 7
+    for place, first in ((0, 0), (1, 3)):
+        assert distilled(inputs, place, states[first]).image_BND.dtype == half

@@ -37,6 +37,10 @@ class State(NamedTuple):
     """What the last block with a text branch fed its attention of the text; None before the first.
     Blocks with projected text read it."""
 
+    def rows(self, rows: slice) -> State:
+        """The state of a part of the batch."""
+        return State(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]  # only modulated_BMD is ever None
+
 
 class MapPair(NamedTuple):
     """What a linear map reads and what it should add, [B, tokens, D] each."""
@@ -72,6 +76,18 @@ class Inputs:
     pooled_BP: Tensor | None = None
     """One embedding of each whole text, in the width of the encoder that pools it; None where the
     family reads no such thing."""
+
+    def rows(self, rows: slice) -> Inputs:
+        """A part of the batch."""
+        mask_BM, pooled_BP = self.mask_BM, self.pooled_BP
+        return Inputs(
+            noisy_BNC=self.noisy_BNC[rows],
+            timestep_B=self.timestep_B[rows],
+            embeds_BMD=self.embeds_BMD[rows],
+            mask_BM=None if mask_BM is None else mask_BM[rows],
+            grid=self.grid,
+            pooled_BP=None if pooled_BP is None else pooled_BP[rows],
+        )
 
 
 class Family(Protocol):

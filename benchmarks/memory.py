@@ -1,0 +1,48 @@
+"""Memory that tensors take while something runs, counted on any device, a CPU too."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation makes, from its making to its end.
+
+    What was there before is not counted, nor what a kernel takes for itself while it runs.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._held: dict[int, int] = {}
+        self._known = {id(tensor.untyped_storage()) for tensor in known}
+        self.now = 0
+        """Bytes held at this moment."""
+        self.peak = 0
+        """The most that were held at any."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._note(value)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) in self._held or id(storage) in self._known:
+            return
+        self._held[id(storage)] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, id(storage))
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._held.pop(key)
