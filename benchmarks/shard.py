@@ -19,7 +19,7 @@ import torch.distributed
 from cluster.cli.common import open_config
 from search.sweep import Sweep
 from storage import layout
-from trainers import worker
+from trainers import sharded
 from trainers.data.latents import open_latents
 from trainers.distilled import Distilled, Observed
 from trainers.optimizer import adamw
@@ -39,10 +39,10 @@ def main() -> None:
     options = arguments.parse_args()
     torch.distributed.init_process_group("gloo")
     sweep = open_config(options.config, [])
-    together = worker.SMALLEST_UNIT
+    together = sharded.SMALLEST_UNIT
     for batch in options.batches:
         for smallest in (0, together):
-            worker.SMALLEST_UNIT = smallest
+            sharded.SMALLEST_UNIT = smallest
             seconds = step_time(sweep, batch, options.steps)
             if torch.distributed.get_rank() == 0:
                 way = "together" if smallest else "block by block"
@@ -59,7 +59,7 @@ def step_time(sweep: Sweep, batch: int, steps: int) -> float:
     first = tuple(block.model_copy(update={"start": "first"}) for block in plan.blocks)
     plan = plan.model_copy(update={"blocks": first})
     student = Distilled(family, assemble(teacher, plan).float(), plan)
-    worker.shard(student, torch.device("cpu"), torch.float32)
+    sharded.shard(student, torch.device("cpu"), torch.float32)
     observed = Observed(family, teacher)
     phase = Phase(loss="velocity", train="all", steps=steps + WARM, lr=2e-3, batch_size=batch)
     set_trainable(student, phase)

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from trainers.losses import velocity_loss
 from trainers.probe import FidelityProbe, ProbeChunk, ProbeConfig, make_probe
-from trainers.students.families.base import Family
+from trainers.students.families.base import Family, Runs
 from trainers.students.plan import BlockPlan
 from trainers.tasks import Task
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 @torch.no_grad()
-def fidelity_loss(model: nn.Module, family: Family, probe: FidelityProbe) -> float:
+def fidelity_loss(model: nn.Module, family: Runs, probe: FidelityProbe) -> float:
     """Mean squared difference of the model's and the teacher's velocity over the probe.
 
     NaN when the model's velocity is; the caller decides what that means.

@@ -8,6 +8,7 @@ Importing this needs no torch, so that a configuration can hold a `ProbeConfig`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from storage.section import Section
 from storage.store import Store
 from trainers.cache import local_copy
 from trainers.data.sources import DataError
-from trainers.students.families.base import Family, Inputs
+from trainers.students.families.base import Inputs, Runs
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class FidelityProbe:
 
 
 def make_probe(
-    teacher: nn.Module, family: Family, latents: Latents, config: ProbeConfig, seed: int
+    teacher: nn.Module, family: Runs, latents: Latents, config: ProbeConfig, seed: int
 ) -> FidelityProbe:
     """The probe, on the teacher's device and in its dtype; one pass of the teacher over it all.
 
@@ -100,11 +101,17 @@ def shared_probe(
     encoding: str,
     config: ProbeConfig,
     seed: int,
+    *,
+    runs: Runs | None = None,
+    agreed: Callable[[bool], bool] = lambda found: found,
+    save: bool = True,
 ) -> FidelityProbe:
     """What `make_probe` gives for a teacher on the latents of an encoding; made by the process that
     needs it first.
 
-    `model` is the teacher's transformer; the probe is on its device and in its dtype.
+    `model` is the teacher's transformer, which `runs` runs, its family when None; the probe is on
+    its device and in its dtype. Of several ranks that run one model together all call this:
+    `agreed` says whether something is so on all of them, and one of them is to `save`.
     """
     example = next(model.parameters())
     made_from: JsonValue = {
@@ -116,11 +123,16 @@ def shared_probe(
     }
     prefix = layout.probe(digest_json(made_from))
     try:
-        return _load(store, prefix, example.device)
+        probe = _load(store, prefix, example.device)
     except (MissingKey, DamagedError):  # not there, or another process is just writing it
-        probe = make_probe(model, teacher.family, latents, config, seed)
-        _save(store, prefix, probe)
+        probe = None
+    if agreed(probe is not None):
+        assert probe is not None
         return probe
+    probe = make_probe(model, runs or teacher.family, latents, config, seed)
+    if save:
+        _save(store, prefix, probe)
+    return probe
 
 
 def _save(store: Store, prefix: str, probe: FidelityProbe) -> None:

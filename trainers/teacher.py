@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,14 +16,20 @@ from pydantic import JsonValue
 
 from storage.digest import digest_json, sha256_file
 from storage.errors import DamagedError, EspalierError
+from storage.manifest import MANIFEST, Manifest, published
+from storage.store import Store, open_store
 from storage.tensors import check_safetensors
+from trainers.cache import local_copy
 from trainers.students.families import family_of
 from trainers.students.families.base import Config, Family
+from trainers.students.plan import Plan, identity_plan
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from torch import nn
+
+    from trainers.weights import Weights
 
 _NEEDED = ("vae", "text_encoder", "tokenizer", "transformer")
 # A family may have a second text encoder and tokenizer, whose names go on with a number.
@@ -48,6 +56,7 @@ class Teacher:
     name: str
     """As the user gave it."""
     folder: Path
+    """The pipeline; of one in a store, a copy here without the transformer's weights."""
     digest: str
     """16 hex digits over the transformer's config and weights."""
     encoder_digest: str
@@ -55,19 +64,35 @@ class Teacher:
     family: Family = field(compare=False)
     config: Config = field(compare=False)
     """transformer/config.json."""
+    url: str | None = None
+    """Of one in a store: where its transformer's weights are read by range."""
+
+    def weights(self) -> Weights:
+        """The transformer's, of which nothing but names is read before it is asked for."""
+        from trainers.weights import Weights
+
+        if self.url is None:
+            files = map(str, _weights(self.folder / "transformer"))
+            return Weights({file: partial(FileIO, file) for file in files})
+        store, prefix, manifest = _published(self.url)
+        names = [name for name in manifest.files if _is_remote(name)]
+        return Weights({n: partial(store.read, f"{prefix}/{n}") for n in sorted(names)})
 
     def transformer(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> nn.Module:
-        import diffusers
+        """The whole model, read tensor by tensor to where it shall be."""
+        from trainers.weights import fill
 
-        _hush()
-        model = getattr(diffusers, self.config["_class_name"]).from_pretrained(
-            self.folder,
-            subfolder="transformer",
-            torch_dtype=dtype or stored_dtype(self.folder / "transformer"),
-        )
-        return cast("nn.Module", model.requires_grad_(False).eval().to(device))
+        weights, plan = self.weights(), self.identity
+        model = self.family.build(self.config, plan, device, dtype or weights.dtype)
+        fill(model, weights)
+        return model.requires_grad_(False).eval()
+
+    @property
+    def identity(self) -> Plan:
+        """The plan that keeps every block."""
+        return identity_plan(self.family.name, self.family.blocks(self.config))
 
     def vae(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -94,13 +119,22 @@ class Teacher:
 
 
 def open_teacher(name_or_path: str | Path) -> Teacher:
-    """Finds a local folder, or fetches from the Hugging Face hub, and checks every file.
+    """Finds a local folder, fetches from the Hugging Face hub, or opens a pipeline that is
+    published in a store (`s3://bucket/prefix`), and checks every file.
+
+    Of one in a store the transformer's weights stay there.
 
     TeacherError names a file that is missing or cut short, FamilyError a transformer that cannot
     be taken apart.
     """
-    folder = _folder(str(name_or_path))
-    parts = check_pipeline(folder)
+    name, url = str(name_or_path), None
+    remote: dict[str, JsonValue] = {}
+    if "://" in name:
+        url = name.rstrip("/")
+        folder, remote = _brought(url)
+    else:
+        folder = _folder(name)
+    parts = check_pipeline(folder, elsewhere=("transformer",) if url else ())
     for part in _NEEDED:
         if part not in parts:
             raise TeacherError(
@@ -109,24 +143,27 @@ def open_teacher(name_or_path: str | Path) -> Teacher:
     config_file = folder / "transformer" / "config.json"
     config = _json(config_file)
     return Teacher(
-        name=str(name_or_path),
+        name=name,
         folder=folder,
-        digest=digest_json(_digests(folder, "transformer")),
+        digest=digest_json({**_digests(folder, "transformer"), **remote}),
         encoder_digest=digest_json(
             _digests(folder, *(p for p in parts if p.startswith(_ENCODERS)))
         ),
         family=family_of(config, str(config_file)),
         config=config,
+        url=url,
     )
 
 
-def check_pipeline(folder: Path) -> list[str]:
-    """The parts of a pipeline folder, after proving that each has its files and all are whole."""
+def check_pipeline(folder: Path, elsewhere: tuple[str, ...] = ()) -> list[str]:
+    """The parts of a pipeline folder, after proving that each has its files and all are whole.
+
+    The weights of the parts `elsewhere` are not here."""
     parts = _parts(folder)
     for part in parts:
         kind = next((kind for kind in ("scheduler", "tokenizer") if part.startswith(kind)), None)
         _json(folder / part / (f"{kind}_config.json" if kind else "config.json"))
-        if part.startswith(_WEIGHTED):
+        if part.startswith(_WEIGHTED) and part not in elsewhere:
             for file in _weights(folder / part):
                 try:
                     check_safetensors(file)
@@ -196,6 +233,33 @@ def _folder(name: str) -> Path:
             f"teacher {name}: neither a folder here nor to be had from the Hugging Face hub "
             f"({reason}); check the name, the network and your access"
         ) from error
+
+
+def _published(url: str) -> tuple[Store, str, Manifest]:
+    """Store, prefix and manifest of a published pipeline."""
+    root, _, prefix = url.rpartition("/")
+    store = open_store(root)
+    manifest = published(store, prefix)
+    if manifest is None:
+        raise TeacherError(
+            f"teacher {url}: no model is published there (it has no {MANIFEST}); give one that "
+            "`espalier` has published, a folder, or a name on the Hugging Face hub"
+        )
+    return store, prefix, manifest
+
+
+def _is_remote(name: str) -> bool:
+    """Whether a published file stays in its store."""
+    return name.startswith("transformer/") and name.endswith(".safetensors")
+
+
+def _brought(url: str) -> tuple[Path, dict[str, JsonValue]]:
+    """The folder with what is brought here of a published pipeline, and what is not, by digest."""
+    store, prefix, manifest = _published(url)
+    remote = {name: entry for name, entry in manifest.files.items() if _is_remote(name)}
+    here = {name: entry for name, entry in manifest.files.items() if name not in remote}
+    folder = local_copy(store, prefix, manifest.model_copy(update={"files": here}))
+    return folder, {name: entry.sha256 for name, entry in remote.items()}
 
 
 def _parts(folder: Path) -> list[str]:

@@ -36,8 +36,6 @@ OUTSIDE = "outside.safetensors"
 
 _REPORTS = 20
 _KEPT_CHECKPOINTS = 2
-SMALLEST_UNIT = 2**22
-"""Parameters from which a block is sharded on its own."""
 
 
 class RecoveryJob(Section):
@@ -112,7 +110,7 @@ def train_loop(config: dict[str, Any]) -> None:
     from storage.checkpoint import keep_last, latest_checkpoint, save_checkpoint
     from storage.manifest import publish, withdraw
     from trainers.data.latents import open_latents
-    from trainers.distilled import Distilled, Observed
+    from trainers.distilled import CALLED
     from trainers.evaluate import fidelity_loss
     from trainers.library.library import Library
     from trainers.probe import shared_probe
@@ -125,7 +123,7 @@ def train_loop(config: dict[str, Any]) -> None:
         snapshot,
         student_weights,
     )
-    from trainers.students.surgery import assemble
+    from trainers.sharded import load_distilled, load_observed
     from trainers.teacher import open_teacher
 
     job = RecoveryJob.model_validate(config)
@@ -143,17 +141,10 @@ def train_loop(config: dict[str, Any]) -> None:
     store = open_store(job.store, job.options)
     teacher = open_teacher(job.teacher)
     latents = open_latents(store, job.encoding)
-    # Cut on the CPU: each GPU then receives only its shard of the student.
-    whole_teacher = teacher.transformer()
-    dtype = next(whole_teacher.parameters()).dtype
-    assembled = assemble(whole_teacher, job.plan, Library(store, dict(job.replacements)))
-    student = Distilled(teacher.family, assembled.float(), job.plan)
-    observed = Observed(teacher.family, whole_teacher)
-    shard(student, device, dtype)
-    if job.shard_teacher:
-        shard(observed, device, dtype)
-    else:
-        observed.to(device)
+    dtype = teacher.weights().dtype
+    library = Library(store, dict(job.replacements))
+    student = load_distilled(teacher, job.plan, library, device)
+    observed = load_observed(teacher, device, job.shard_teacher)
 
     at, losses, before, tensors = Position(), cast("list[float]", []), 0.0, None
     checkpoint = latest_checkpoint(store, job.checkpoints)
@@ -190,6 +181,9 @@ def train_loop(config: dict[str, Any]) -> None:
             save_checkpoint(store, job.checkpoints, done, held, cast("JsonValue", state))
             keep_last(store, job.checkpoints, _KEPT_CHECKPOINTS)
 
+    def on_all_ranks(found: bool) -> bool:
+        return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
+
     failed = None
     try:
         recover(
@@ -206,20 +200,18 @@ def train_loop(config: dict[str, Any]) -> None:
         )
     except NanLossError as error:
         failed = str(error)
-    fidelity: float | None = None
+    took, fidelity = seconds(), cast("float | None", None)
+    if not failed:
+        probe = shared_probe(
+            store, teacher, observed, latents, job.encoding, job.probe, job.probe_seed,
+            runs=CALLED, agreed=on_all_ranks, save=first,
+        )  # fmt: skip
+        fidelity = fidelity_loss(student, CALLED, probe)
     held = {} if failed else snapshot(student, None, keep=first)
     if first:
-        took = seconds()
         if not failed:
             weights = {name: t.to(dtype) for name, t in student_weights(held).items()}
-            if job.shard_teacher:
-                whole_teacher = teacher.transformer(device=device)
-            probe = shared_probe(
-                store, teacher, whole_teacher, latents, job.encoding, job.probe, job.probe_seed
-            )
-            recovered = _built(teacher, job.plan, weights, device)
-            fidelity = fidelity_loss(recovered, teacher.family, probe)
-            if not math.isfinite(fidelity):
+            if fidelity is None or not math.isfinite(fidelity):
                 failed, fidelity = "the recovered student's velocity is not finite", None
             elif job.until == total:
                 publish_student(store, job.student, job.plan, weights, teacher)
@@ -237,30 +229,6 @@ def train_loop(config: dict[str, Any]) -> None:
     # One report more, by all ranks, so that none leaves while the first still measures and stores.
     ray.train.report({"step": len(losses), "steps": job.until, "failed": failed or ""})
     faulthandler.cancel_dump_traceback_later()
-
-
-def shard(module: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Spreads a `Distilled` or `Observed` over all ranks: block by block, then the rest, to which
-    blocks of fewer parameters than SMALLEST_UNIT belong.
-
-    Weights keep their own precision; passes run in `dtype`, gradients are averaged in float32.
-    """
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    # Inputs are in `dtype` where they should be; FLUX's rotary tables are float32 and must stay so.
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    if dtype == torch.float32:
-        policy = MixedPrecisionPolicy()
-    for block in module.blocks:
-        # A collective costs about the same however little it carries: what is small goes together.
-        if sum(parameter.numel() for parameter in block.parameters()) >= SMALLEST_UNIT:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def publish_student(

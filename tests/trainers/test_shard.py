@@ -10,11 +10,11 @@ import torch
 import torch.distributed
 
 from tests.trainers.students.tiny import FAMILY_TEACHERS, Tiny
-from trainers import worker
+from trainers import sharded
 from trainers.distilled import Distilled, Observed
+from trainers.sharded import shard
 from trainers.students.families.base import State
 from trainers.students.surgery import assemble
-from trainers.worker import shard
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,7 @@ def group() -> Iterator[None]:
 def test_sharding_changes_nothing_in_low_precision(
     tiny: Tiny, smallest: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker, "SMALLEST_UNIT", smallest)
+    monkeypatch.setattr(sharded, "SMALLEST_UNIT", smallest)
     half, inputs = torch.bfloat16, tiny.inputs(padded=False)
     inputs = replace(
         inputs,

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from tests.trainers.ranks import on_ranks
 from tests.trainers.students.tiny import QWEN_IMAGE
-from trainers import worker
+from trainers import sharded
 from trainers.data.latents import Latents, Shard
 from trainers.distilled import Distilled, Observed
 from trainers.recovery import examples_of, recover, snapshot, student_weights
 from trainers.schedule import Phase, Schedule
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import assemble
+from trainers.teacher import Teacher
 
 PLAN = QWEN_IMAGE.plan(
     BlockPlan(span=(0, 0)),
@@ -46,13 +47,18 @@ def latents() -> Latents:
     return Latents([shard], held_out=2)
 
 
-def recovered(smallest: int | None) -> dict[str, list[float]]:
+def stored_teacher(folder: Path) -> Teacher:
+    """The tiny teacher with a transformer of its own on disk, and nothing else."""
+    return Teacher("tiny", folder, "", "", QWEN_IMAGE.family, QWEN_IMAGE.config)
+
+
+def recovered(folder: str, smallest: int | None) -> dict[str, list[float]]:
     """The losses of all steps, and a sum over each weight at the end; on one rank unsharded."""
     grouped = torch.distributed.is_initialized()
     rank, world = (
         (torch.distributed.get_rank(), torch.distributed.get_world_size()) if grouped else (0, 1)
     )
-    model = QWEN_IMAGE.model()
+    model = stored_teacher(Path(folder)).transformer()
     student = Distilled(QWEN_IMAGE.family, assemble(model, PLAN).float(), PLAN)
     teacher = Observed(QWEN_IMAGE.family, model)
 
@@ -62,9 +68,10 @@ def recovered(smallest: int | None) -> dict[str, list[float]]:
         return value / world
 
     if smallest is not None:
-        worker.SMALLEST_UNIT = smallest
-        for module in (student, teacher):
-            worker.shard(module, torch.device("cpu"), torch.float32)
+        sharded.SMALLEST_UNIT = smallest
+        cpu, stored = torch.device("cpu"), stored_teacher(Path(folder))
+        student = sharded.load_distilled(stored, PLAN, None, cpu)
+        teacher = sharded.load_observed(stored, cpu, sharded=True)
     losses: list[float] = []
     recover(
         student,
@@ -81,15 +88,17 @@ def recovered(smallest: int | None) -> dict[str, list[float]]:
     }
 
 
-def both() -> list[dict[str, list[float]]]:
+def both(folder: str) -> list[dict[str, list[float]]]:
     """Every block sharded on its own, and all of them together."""
-    return [recovered(0), recovered(2**22)]
+    return [recovered(folder, 0), recovered(folder, 2**22)]
 
 
 def test_more_workers_change_no_more_than_float_noise(tmp_path: Path) -> None:
-    """Captions differ in length, so that the workers' slices hold different numbers of tokens."""
-    expected = recovered(None)
-    one, other = on_ranks(2, both, tmp_path)
+    """Captions differ in length, so that the workers' slices hold different numbers of tokens.
+    What each worker has it has read from the files by itself."""
+    QWEN_IMAGE.model().save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
+    expected = recovered(str(tmp_path), None)
+    one, other = on_ranks(2, both, tmp_path, str(tmp_path))
     assert one == other
     for found in one:
         assert found.keys() == expected.keys()

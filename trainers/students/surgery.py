@@ -5,7 +5,7 @@ Every weight is a copy in the dtype and on the device of the teacher's, free to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -93,24 +93,43 @@ def assemble(
     family = family_named(plan.family)
     config: Config = dict(cast("Any", teacher).config)
     check_plan(family, config, plan)
-    teacher_blocks = family.block_modules(teacher)
     inside = family.block_prefixes(config, identity_plan(plan.family, plan.teacher_blocks))
     outside = {k: v for k, v in teacher.state_dict().items() if not k.startswith(inside)}
     tensors = _copies(outside)
+    blocks, like = family.block_modules(teacher), next(teacher.parameters())
+    for made in cut_blocks(family, config, blocks, plan, like, library, fits):
+        tensors |= made
+    return _filled(family.build(config, plan, "meta"), tensors)
+
+
+@torch.no_grad()
+def cut_blocks(
+    family: Family,
+    config: Config,
+    teacher_blocks: Sequence[nn.Module] | nn.ModuleList,
+    plan: Plan,
+    like: Tensor,
+    library: Library | None = None,
+    fits: Fits | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """The weights of a student's blocks one by one, named as in the student; see `assemble`.
+
+    Of the teacher's blocks only those of one span are asked for at a time; `like` has their dtype
+    and device.
+    """
     for prefix, block in zip(family.block_prefixes(config, plan), plan.blocks, strict=True):
         if block.start == "library":
-            made = _from_library(family, config, teacher_blocks[0], block, library)
+            made = _from_library(family, config, block, like, library)
         else:
             made = make_block(family, config, teacher_blocks, block, fits=fits).state_dict()
-        tensors |= {f"{prefix}{name}": tensor for name, tensor in made.items()}
-    return _filled(family.build(config, plan, "meta"), tensors)
+        yield {f"{prefix}{name}": tensor for name, tensor in made.items()}
 
 
 def _from_library(
     family: Family,
     config: Config,
-    like: nn.Module,
     block: BlockPlan,
+    like: Tensor,
     library: Library | None,
 ) -> dict[str, Tensor]:
     name = f"block of {block}"
@@ -125,10 +144,7 @@ def _from_library(
                 f"{name}: the library has {found} for {key}, and {list(tensor.shape)} is needed; "
                 "train this replacement again"
             )
-    example = next(like.parameters())
-    return {
-        key: weights[key].detach().to(example.device, example.dtype, copy=True) for key in wanted
-    }
+    return {key: weights[key].detach().to(like.device, like.dtype, copy=True) for key in wanted}
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

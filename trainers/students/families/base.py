@@ -90,7 +90,14 @@ class Inputs:
         )
 
 
-class Family(Protocol):
+class Runs(Protocol):
+    """How a whole model is run."""
+
+    def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """The model's own forward pass: velocity_BNC."""
+
+
+class Family(Runs, Protocol):
     """One architecture. Stateless; one instance per family in FAMILIES.
 
     `config` is always the *teacher's* transformer config, and `model` a teacher or student built
@@ -176,9 +183,6 @@ class Family(Protocol):
 
     def end(self, model: nn.Module, state: State, context: Context) -> Tensor:
         """Everything after the last block: velocity_BNC."""
-
-    def forward(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """The model's own forward pass: velocity_BNC."""
 
     def block_tensors(self, block: BlockPlan, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A teacher block's weights without what the student block does not have.
