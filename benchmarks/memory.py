@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -17,10 +16,9 @@ class PeakMemory(TorchDispatchMode):
     What was there before is not counted, nor what a kernel takes for itself while it runs.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._held: dict[int, int] = {}
-        self._known = {id(tensor.untyped_storage()) for tensor in known}
         self.now = 0
         """Bytes held at this moment."""
         self.peak = 0
@@ -29,17 +27,20 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._note(value, size=0)  # unless noted by now, it was there before
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._note(value)
+                self._note(value, size=value.untyped_storage().nbytes())
         return result
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
-        if id(storage) in self._held or id(storage) in self._known:
+        if id(storage) in self._held:
             return
-        self._held[id(storage)] = size = storage.nbytes()
+        self._held[id(storage)] = size
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, id(storage))

@@ -33,7 +33,7 @@ from storage.store import Store, StoreOptions
 from trainers.placement import Accelerator, Share
 from trainers.probe import ProbeConfig
 from trainers.progress import Progress, silent
-from trainers.schedule import Schedule, ScheduleSpace
+from trainers.schedule import PLAIN, Schedule, ScheduleSpace, StepConfig
 from trainers.students.plan import BlockPlan, Plan
 from trainers.teacher import Teacher
 from trainers.worker import RecoveryJob, RecoveryOutcome, read_outcome
@@ -74,6 +74,9 @@ class RecoverConfig(Section):
 
     space: ScheduleSpace = ScheduleSpace()
     """The schedules to choose among. The first one tried is in the middle of every range."""
+
+    step: StepConfig = PLAIN
+    """How an optimizer step is taken: memory, speed, averaging."""
 
     workers: PositiveInt = 2
     """Processes that one student is spread over. On GPUs each has one of its own, so there are
@@ -188,6 +191,10 @@ class Grounds:
             "probe": self.probe.model_dump(mode="json"),
             "seed": self.seed,
         }
+        # What else a step says costs memory or time and changes nothing that is learned.
+        learned = {"optimizer", "average"}
+        said = self.config.step.model_dump(mode="json", include=learned, exclude_defaults=True)
+        made_from |= {"step": said} if said else {}
         return f"{finalist.rank}-{candidate.number}-{digest_json(made_from)}"
 
     def job(self, candidate: Candidate, tier: int) -> RecoveryJob:
@@ -203,6 +210,7 @@ class Grounds:
             replacements=self._used(finalist.plan),
             plan=finalist.plan,
             schedule=schedule,
+            step=self.config.step,
             until=until,
             probe=self.probe,
             seed=self.seed,

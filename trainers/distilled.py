@@ -12,8 +12,11 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
-from trainers.students.families.base import Family, Inputs, State
+from trainers.schedule import PLAIN, StepConfig
+from trainers.students.families.base import Context, Family, Inputs, State
 from trainers.students.plan import BlockPlan, Plan
 
 
@@ -28,10 +31,15 @@ class Placed(NamedTuple):
 class Distilled(nn.Module):
     """A student in training."""
 
-    def __init__(self, family: Family, student: nn.Module, plan: Plan) -> None:
+    def __init__(
+        self, family: Family, student: nn.Module, plan: Plan, step: StepConfig = PLAIN
+    ) -> None:
         super().__init__()
         self.family = family
         self.student = student
+        self.step = step
+        self.average: dict[str, Tensor] | None = None
+        """The moving average of the weights, by parameter and sharded like it."""
         self.placed = tuple(Placed(i, block) for i, block in enumerate(plan.blocks))
         """The student's blocks on paper, in order."""
         self.replaced = tuple(placed for placed in self.placed if not placed.block.untouched)
@@ -47,10 +55,43 @@ class Distilled(nn.Module):
     ) -> Tensor | State:
         """The student's velocity_BNC; or the state after its block number `place`, of which
         `before` is the state before it, the student's first when None."""
-        if place is None:
-            return self.family.forward(self.student, inputs)
         state, context = self.family.begin(self.student, inputs)
-        return self.family.run_block(self.blocks[place], before or state, context)
+        if place is not None:
+            return self.family.run_block(self.blocks[place], before or state, context)
+        for block in self.blocks:
+            state = self._run(block, state, context)
+        return self.family.end(self.student, state, context)
+
+    def _run(self, block: nn.Module, state: State, context: Context) -> State:
+        if not self.step.checkpointing or not torch.is_grad_enabled():
+            return self.family.run_block(block, state, context)
+        return cast(
+            "State",
+            checkpoint(
+                self.family.run_block, block, state, context,
+                use_reentrant=False, preserve_rng_state=False,
+            ),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def follow(self, steps: int) -> None:
+        """Moves the average towards the weights, as they are after `steps` steps of all."""
+        if self.step.average is None:
+            return
+        weights = {name: local(p) for name, p in self.named_parameters()}
+        if self.average is None:
+            self.average = {name: p.detach().clone() for name, p in self.named_parameters()}
+        # A young average would still be made of the first weights.
+        kept = min(self.step.average, (1 + steps) / (10 + steps))
+        averages = [local(tensor) for tensor in self.average.values()]
+        torch._foreach_lerp_(averages, list(weights.values()), 1 - kept)
+
+    @torch.no_grad()
+    def become_average(self) -> None:
+        """Puts the average in the place of the weights; training does not go on from there."""
+        for name, parameter in self.named_parameters():
+            if self.average is not None:
+                local(parameter).copy_(local(self.average[name]))
 
 
 def detached(state: State) -> State:
@@ -90,14 +131,25 @@ class Observed(nn.Module):
     ) -> Tensor | None:
         """The teacher's velocity_BNC; or nothing, but `visit` is shown each state up to the one
         before block `last`, and none is kept."""
-        if visit is None:
-            return self.family.forward(self.teacher, inputs)
         state, context = self.family.begin(self.teacher, inputs)
-        visit(0, state)
+        if visit is not None:
+            visit(0, state)
         for i, block in enumerate(islice(self.blocks, last)):
             state = self.family.run_block(block, state, context)
-            visit(i + 1, state)
-        return None
+            if visit is not None:
+                visit(i + 1, state)
+        return None if visit else self.family.end(self.teacher, state, context)
+
+
+def compile_blocks(module: Distilled | Observed, backend: str = "inductor") -> None:
+    """Compiles the blocks, those that are alike once; before the model is sharded."""
+    for block in module.blocks:
+        block.forward = torch.compile(block.forward, backend=backend)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Called:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainers.distilled import local
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.02
 """Both as PPCL trains."""
+
+_CODES, _SCALE = ".codes", ".scale"
 
 
 def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
@@ -18,8 +24,108 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
+def make_optimizer(
+    kind: Literal["adamw", "adamw8bit"], parameters: Iterable[nn.Parameter], lr: float
+) -> torch.optim.Optimizer:
+    """`adamw8bit` is torchao's: its moments are quantised, in blocks of 256 values."""
+    if kind == "adamw":
+        return adamw(parameters, lr)
+    from torchao.optim import AdamW8bit
+
+    made = AdamW8bit(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    return cast("torch.optim.Optimizer", made)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # compiled steps read it from there
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def rate_at(step: int, steps: int, warmup: int) -> float:
     """The share of the highest learning rate at a step: up linearly, then down a cosine to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimizer remembers of a parameter, by kind; sharded as the parameter is.
+
+    A quantised moment is two: its codes, and the scales of their blocks.
+    """
+    held: dict[str, Tensor] = {}
+    for kind, value in optimizer.state.get(parameter, {}).items():
+        if type(local(value)) is Tensor:
+            held[kind] = value
+        else:
+            quantised = cast("Any", local(value))
+            held[f"{kind}{_CODES}"] = _placed(quantised.codes, parameter)
+            held[f"{kind}{_SCALE}"] = _placed(_scales(quantised), parameter)
+    return held
+
+
+def set_moments(
+    optimizer: torch.optim.Optimizer, held: Mapping[nn.Parameter, Mapping[str, Tensor]]
+) -> None:
+    """Gives an optimizer that has not stepped yet what `moments` said, sharded alike.
+
+    Quantised moments are the very same where their blocks are, else quantised anew.
+    """
+    if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
+        # Only a step makes its quantised tensors; at rate 0 it changes nothing else.
+        for parameter in held:
+            parameter.grad = torch.zeros_like(parameter)
+        set_rate(optimizer, 0.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for parameter, kinds in held.items():
+        state = optimizer.state[parameter]
+        for kind, value in kinds.items():
+            if kind.endswith(_CODES):
+                kind = kind.removesuffix(_CODES)
+                scales = local(kinds[f"{kind}{_SCALE}"])
+                _quantise(local(state[kind]), local(value), scales, signed=kind == "exp_avg")
+            elif kind in state:
+                local(state[kind]).copy_(local(value))
+            elif not kind.endswith(_SCALE):
+                state[kind] = value.clone()
+
+
+def _scales(quantised: Any) -> Tensor:
+    """The scale of each block of a row, or of each value where blocks do not fill rows: cut by
+    rows, as other ranks may have to, it stays right."""
+    rows, columns = len(quantised.codes), quantised.codes.numel() // len(quantised.codes)
+    if columns % quantised.block_size == 0:
+        return cast("Tensor", quantised.scale.view(rows, -1))
+    return cast("Tensor", quantised.scale.repeat_interleave(quantised.block_size).view(rows, -1))
+
+
+def _quantise(into: Any, codes: Tensor, scales: Tensor, signed: bool) -> None:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    codes = codes.to(torch.uint8)
+    each = scales.repeat_interleave(codes.numel() // scales.numel(), dim=-1).reshape(codes.shape)
+    if type(into) is not Tensor:
+        blocks = each.view(-1, into.block_size)
+        if bool((blocks == blocks[:, :1]).all()):
+            into.codes.copy_(codes)
+            into.scale.copy_(blocks[:, 0])
+            return
+    # The blocks lie otherwise, or the shard is too small to be quantised.
+    qmap = OptimState8bit.zeros((256,), signed, device=codes.device).qmap
+    into.copy_(qmap[codes.long()] * each)
+
+
+def _placed(held: Tensor, parameter: nn.Parameter) -> Tensor:
+    """This rank's rows of a tensor that is sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return held
+    shape = torch.Size((len(parameter), *held.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        held, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+    )

@@ -21,7 +21,7 @@ from storage.errors import EspalierError
 from trainers.data.latents import Latents, training_inputs
 from trainers.distilled import Distilled, Observed, detached, joined
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
-from trainers.optimizer import adamw, rate_at
+from trainers.optimizer import make_optimizer, moments, rate_at, set_moments, set_rate
 from trainers.schedule import Phase, Schedule
 from trainers.students.families.base import Inputs, State
 
@@ -30,6 +30,7 @@ Mean = Callable[[Tensor], Tensor]
 
 _OPTIMIZER = "optimizer/"
 _STUDENT = "student/"
+_AVERAGE = "average/"
 
 
 class RecoveryError(EspalierError):
@@ -106,15 +107,15 @@ def recover(
         if number < at.phase or at.done(schedule) >= until:
             continue
         set_trainable(student, phase)
-        optimizer = adamw((p for p in student.parameters() if p.requires_grad), phase.lr)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = make_optimizer(student.step.optimizer, trained, phase.lr)
         if at.step > 0:
             if optimizer_tensors is None:
                 raise ValueError(f"{at} is inside a phase: the optimizer's tensors are needed")
             restore_optimizer(student, optimizer, optimizer_tensors)
         source = examples(number, phase, at.step)
         while at.phase == number and at.done(schedule) < until:
-            for group in optimizer.param_groups:
-                group["lr"] = phase.lr * rate_at(at.step, phase.steps, phase.warmup)
+            set_rate(optimizer, phase.lr * rate_at(at.step, phase.steps, phase.warmup))
             loss = train_step(student, teacher, next(source), phase, optimizer, mean)
             if not math.isfinite(loss):
                 raise NanLossError(
@@ -123,6 +124,7 @@ def recover(
                 )
             report(at, loss)
             at = at.after(schedule)
+            student.follow(at.done(schedule))
             save(at, student, optimizer)
 
 
@@ -133,11 +135,10 @@ def train_step(
     phase: Phase,
     optimizer: torch.optim.Optimizer,
     mean: Mean,
-    micro_batch: int | None = None,
 ) -> float:
     """One optimizer step; the loss before it, over all ranks. NaN, and no step, when the loss or
     the gradient's norm is not finite."""
-    loss = backward(student, teacher, example, phase, mean, micro_batch)
+    loss = backward(student, teacher, example, phase, mean)
     trained = [p for p in student.parameters() if p.grad is not None]
     norm = full(nn.utils.clip_grad_norm_(trained, phase.clip))
     value, norm_value = torch.stack([mean(loss.detach()), norm.detach()]).tolist()
@@ -154,17 +155,17 @@ def backward(
     example: Example,
     phase: Phase,
     mean: Mean,
-    micro_batch: int | None = None,
 ) -> Tensor:
     """Adds the gradient of one phase's loss; the loss of this rank's slice, whose mean over the
     ranks is the loss of the whole batch.
 
-    At most `micro_batch` pictures have a graph at a time, and of `span` one replacement at a time.
-    Its loss is the mean over replacements, each of which it reaches apart from the others (PPCL
-    sums; AdamW does not see the difference).
+    At most `student.step.micro_batch` pictures have a graph at a time, and of `span` one
+    replacement. Its loss is the mean over replacements, each of which it reaches apart from the
+    others (PPCL sums; AdamW does not see the difference).
     """
     count = len(example.clean_BNC)
-    parts = [slice(i, i + (micro_batch or count)) for i in range(0, count, micro_batch or count)]
+    most = student.step.micro_batch or count
+    parts = [slice(i, i + most) for i in range(0, count, most)]
     if phase.loss == "span":
         return _span_backward(student, teacher, example.inputs, phase, mean, parts)
     total = example.clean_BNC.new_zeros((), dtype=torch.float32)
@@ -224,7 +225,7 @@ def examples_of(
 def snapshot(
     student: Distilled, optimizer: torch.optim.Optimizer | None, keep: bool = True
 ) -> dict[str, Tensor]:
-    """All weights, and the optimizer's moments, by name, whole and on the CPU.
+    """All weights, their average, and the optimizer's moments, by name, whole and on the CPU.
 
     Sharded ones are gathered one at a time: every rank must call this, and those without `keep`
     get an empty dict and hold nothing. Without shards the tensors are the live ones, not copies.
@@ -232,8 +233,10 @@ def snapshot(
     kept: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
         states = {f"{_STUDENT}{name}": parameter.detach()}
+        if student.average is not None:
+            states[f"{_AVERAGE}{name}"] = student.average[name]
         if optimizer is not None:
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in moments(optimizer, parameter).items():
                 states[f"{_OPTIMIZER}{key}/{name}"] = value
         for key, value in states.items():
             whole = full(value)
@@ -250,9 +253,13 @@ def student_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_weights(student: Distilled, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a snapshot's weights into the student, sharded or not."""
+    """Puts a snapshot's weights and their average into the student, sharded or not."""
+    averages = {}
     for name, parameter in student.named_parameters():
         parameter.copy_(_like(tensors[f"{_STUDENT}{name}"], parameter))
+        if f"{_AVERAGE}{name}" in tensors:
+            averages[name] = _like(tensors[f"{_AVERAGE}{name}"], parameter).clone()
+    student.average = averages or None
 
 
 def restore_optimizer(
@@ -261,13 +268,15 @@ def restore_optimizer(
     """Puts a snapshot's moments into an optimizer that has not stepped yet."""
     names = {parameter: name for name, parameter in student.named_parameters()}
     kinds = sorted({key.split("/")[1] for key in tensors if key.startswith(_OPTIMIZER)})
+    held: dict[nn.Parameter, dict[str, Tensor]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for kind in kinds:
                 value = tensors.get(f"{_OPTIMIZER}{kind}/{names[parameter]}")
                 if value is not None:  # a parameter that never had a gradient has no moments
                     sharded = _like(value, parameter) if value.dim() else value
-                    optimizer.state[parameter][kind] = sharded.clone()
+                    held.setdefault(parameter, {})[kind] = sharded
+    set_moments(optimizer, held)
 
 
 def full(tensor: Tensor) -> Tensor:

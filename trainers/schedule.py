@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self, TypeVar
@@ -13,6 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -85,6 +87,43 @@ class Schedule(Section):
     def steps(self) -> int:
         """Optimizer steps of all phases."""
         return sum(phase.steps for phase in self.phases)
+
+
+class StepConfig(Section):
+    """How an optimizer step is taken, whatever the phase."""
+
+    micro_batch: PositiveInt | None = None
+    """Pictures that a worker passes through the models at a time; their gradients add up to the
+    batch's. None takes its whole share of the batch at once."""
+
+    checkpointing: bool = False
+    """Whether phases that train through the whole student keep only what enters each block, and
+    run the block again on the way back: less memory, about a third more time. A `span` phase never
+    holds more than one block's graph."""
+
+    compile: bool = False
+    """Whether blocks are compiled (torch.compile), once for all that are alike."""
+
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps its moments in 8 bits, a quarter of the memory; it needs torchao."""
+
+    average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of itself that a moving average of the student's weights keeps at each step, such as
+    0.999, less at first; the average is what is measured and published. None keeps none."""
+
+    @field_validator("optimizer")
+    @classmethod
+    def _there(cls, optimizer: str) -> str:
+        if optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                "adamw8bit needs torchao, which is not installed; run pip install "
+                "'espalier[8bit]', or set adamw"
+            )
+        return optimizer
+
+
+PLAIN = StepConfig()
+"""A step without any of it."""
 
 
 def _ends(value: object) -> object:

@@ -13,7 +13,8 @@ import torch.distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from trainers.distilled import Distilled, Observed
+from trainers.distilled import Distilled, Observed, compile_blocks
+from trainers.schedule import PLAIN, StepConfig
 from trainers.students.plan import Plan
 from trainers.students.surgery import Library
 from trainers.weights import StreamedBlocks, fill, fill_student
@@ -26,22 +27,32 @@ SMALLEST_UNIT = 2**22
 
 
 def load_distilled(
-    teacher: Teacher, plan: Plan, library: Library | None, device: torch.device
+    teacher: Teacher,
+    plan: Plan,
+    library: Library | None,
+    device: torch.device,
+    step: StepConfig = PLAIN,
 ) -> Distilled:
     """A student with float32 weights, cut out of the teacher's files, that computes in theirs."""
     weights, family, config = teacher.weights(), teacher.family, teacher.config
-    student = Distilled(family, family.build(config, plan, "meta", torch.float32), plan)
+    student = Distilled(family, family.build(config, plan, "meta", torch.float32), plan, step)
+    if step.compile:
+        compile_blocks(student)
     shard(student, device, weights.dtype)
     student.to_empty(device=device)
     fill_student(student.student, plan, StreamedBlocks(family, config, weights), library)
     return student
 
 
-def load_observed(teacher: Teacher, device: torch.device, sharded: bool) -> Observed:
+def load_observed(
+    teacher: Teacher, device: torch.device, sharded: bool, step: StepConfig = PLAIN
+) -> Observed:
     """The frozen teacher in its files' dtype; whole on every rank when it is not `sharded`."""
     weights, family = teacher.weights(), teacher.family
     empty = family.build(teacher.config, teacher.identity, "meta", weights.dtype)
     observed = Observed(family, empty)
+    if step.compile:
+        compile_blocks(observed)
     if sharded:
         shard(observed, device, weights.dtype)
     observed.to_empty(device=device)

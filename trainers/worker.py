@@ -18,7 +18,7 @@ from storage.section import Section
 from storage.store import Store, StoreOptions, open_store
 from trainers.placement import Share
 from trainers.probe import ProbeConfig
-from trainers.schedule import Schedule
+from trainers.schedule import Schedule, StepConfig
 from trainers.students.plan import BlockPlan, Plan
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class RecoveryJob(Section):
     """What the student is."""
     schedule: Schedule
     """How it is trained."""
+    step: StepConfig
+    """How each of its steps is taken."""
     until: PositiveInt
     """Steps of the schedule, from its start, after which this job measures the student and ends.
     Before the schedule's end it leaves a checkpoint, from which a job with a later end goes on."""
@@ -143,8 +145,8 @@ def train_loop(config: dict[str, Any]) -> None:
     latents = open_latents(store, job.encoding)
     dtype = teacher.weights().dtype
     library = Library(store, dict(job.replacements))
-    student = load_distilled(teacher, job.plan, library, device)
-    observed = load_observed(teacher, device, job.shard_teacher)
+    student = load_distilled(teacher, job.plan, library, device, job.step)
+    observed = load_observed(teacher, device, job.shard_teacher, job.step)
 
     at, losses, before, tensors = Position(), cast("list[float]", []), 0.0, None
     checkpoint = latest_checkpoint(store, job.checkpoints)
@@ -202,6 +204,7 @@ def train_loop(config: dict[str, Any]) -> None:
         failed = str(error)
     took, fidelity = seconds(), cast("float | None", None)
     if not failed:
+        student.become_average()
         probe = shared_probe(
             store, teacher, observed, latents, job.encoding, job.probe, job.probe_seed,
             runs=CALLED, agreed=on_all_ranks, save=first,

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.memory import PeakMemory
 from tests.trainers.students.tiny import QWEN_IMAGE, Tiny
 from trainers.distilled import Distilled, Observed
 from trainers.recovery import Example, backward, set_trainable
-from trainers.schedule import Phase
+from trainers.schedule import PLAIN, Phase, StepConfig
 from trainers.students.families.base import Inputs
 from trainers.students.plan import BlockPlan, Plan, identity_plan
 
@@ -36,21 +35,17 @@ def example() -> Example:
     return Example(inputs, clean, noise)
 
 
-def activations(blocks: int, phase: Phase) -> int:
+def activations(blocks: int, phase: Phase, step: StepConfig = PLAIN) -> int:
     """The most bytes at a time beside weights and gradients."""
     tiny, plan = deep(blocks)
     teacher = tiny.model(identity_plan(tiny.name, blocks))
-    student = Distilled(tiny.family, tiny.model(plan), plan)
+    student = Distilled(tiny.family, tiny.model(plan), plan, step)
     observed = Observed(tiny.family, teacher)
     set_trainable(student, phase)
-    with PeakMemory([*parts(student), *parts(observed)]) as memory:
+    with PeakMemory() as memory:
         backward(student, observed, example(), phase, lambda value: value)
     gradients = sum(p.grad.nbytes for p in student.parameters() if p.grad is not None)
     return memory.peak - gradients
-
-
-def parts(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
@@ -64,3 +59,16 @@ def test_a_whole_model_phase_takes_more() -> None:
     few, more, most = (activations(blocks, VELOCITY) for blocks in DEPTHS)
     assert most - more == pytest.approx(2 * (more - few), rel=0.01)
     assert more > 1.2 * few
+
+
+@pytest.mark.parametrize("phase", [SPAN, VELOCITY], ids=["span", "velocity"])
+def test_micro_batches_take_less(phase: Phase) -> None:
+    whole, halves = (activations(4, phase, StepConfig(micro_batch=n)) for n in (2, 1))
+    assert halves < 0.75 * whole
+
+
+def test_checkpointing_keeps_only_what_enters_each_block() -> None:
+    step = StepConfig(checkpointing=True)
+    _, more, most = (activations(blocks, VELOCITY) for blocks in DEPTHS)
+    _, less, least = (activations(blocks, VELOCITY, step) for blocks in DEPTHS)
+    assert least - less < 0.2 * (most - more)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from trainers.data.latents import Latents, Shard
-from trainers.distilled import Distilled, Observed, detached
+from trainers.distilled import Distilled, Observed, compile_blocks, detached
 from trainers.losses import span_loss
+from trainers.optimizer import make_optimizer, moments, set_moments, set_rate
 from trainers.recovery import (
     NanLossError,
     Position,
@@ -23,7 +26,7 @@ from trainers.recovery import (
     snapshot,
     student_weights,
 )
-from trainers.schedule import Phase, Schedule
+from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
 from trainers.students.families import family_named
 from trainers.students.families.base import State
 from trainers.students.plan import BlockPlan, Plan, identity_plan
@@ -94,9 +97,10 @@ class Run:
     keep: Position | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    step: StepConfig = PLAIN
 
     def __post_init__(self) -> None:
-        self.student = Distilled(FAMILY, assemble(self.teacher, PLAN), PLAN)
+        self.student = Distilled(FAMILY, assemble(self.teacher, PLAN), PLAN, self.step)
 
     def go(self, at: Position = START, tensors: dict[str, Tensor] | None = None) -> Run:
         if tensors is not None:
@@ -132,15 +136,115 @@ def test_a_position_walks_through_all_phases() -> None:
     assert at == Position(3, 0)
 
 
+STEPS = {
+    "plain": PLAIN,
+    "everything": StepConfig(micro_batch=3, checkpointing=True, average=0.9),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 @pytest.mark.parametrize("cut", [Position(0, 3), Position(1, 0), Position(1, 4), Position(2, 1)])
 def test_an_interrupted_run_continues_to_the_last_bit(
-    teacher: nn.Module, latents: Latents, cut: Position
+    teacher: nn.Module, latents: Latents, cut: Position, step: StepConfig
 ) -> None:
-    whole = Run(teacher, latents, keep=cut).go()
-    rest = Run(teacher, latents).go(cut, whole.kept)
+    whole = Run(teacher, latents, keep=cut, step=step).go()
+    rest = Run(teacher, latents, step=step).go(cut, whole.kept)
     assert rest.losses == whole.losses[cut.done(SCHEDULE) :]
-    for name, tensor in whole.weights.items():
-        assert torch.equal(tensor, rest.weights[name]), name
+    expected, found = (snapshot(run.student, None) for run in (whole, rest))
+    assert any(name.startswith("average/") for name in expected) == (step.average is not None)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_checkpointing_changes_nothing(teacher: nn.Module, latents: Latents) -> None:
+    plain = Run(teacher, latents).go()
+    again = Run(teacher, latents, step=StepConfig(checkpointing=True)).go()
+    assert again.losses == plain.losses
+
+
+def test_compiled_blocks_learn_the_same(teacher: nn.Module, latents: Latents) -> None:
+    """A span and a whole-model phase, with checkpointing. Inductor is left out: it takes minutes,
+    and what could go wrong here is how blocks are traced."""
+    phases = tuple(phase.model_copy(update={"steps": 1}) for phase in SCHEDULE.phases[:2])
+    torch._dynamo.reset()
+    counters.clear()
+    learned: list[list[float]] = []
+    for compiled in (False, True):
+        student = Run(teacher, latents, step=StepConfig(checkpointing=True)).student
+        observed, losses = Observed(FAMILY, copy.deepcopy(teacher)), []
+        for module in (student, observed) if compiled else ():
+            compile_blocks(module, backend="aot_eager")
+        recover(
+            student, observed, examples_of(latents, seed=3), Schedule(phases=phases),
+            report=lambda _, loss, losses=losses: losses.append(loss),
+        )  # fmt: skip
+        learned.append(losses)
+    assert learned[1] == pytest.approx(learned[0], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+def test_the_average_follows_the_weights(teacher: nn.Module, latents: Latents) -> None:
+    run = Run(teacher, latents, step=StepConfig(average=0.25))
+    seen: list[Tensor] = []
+    name = "student.proj_out.weight"
+
+    def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
+        seen.append(student.get_parameter(name).detach().clone())
+
+    recover(
+        run.student, Observed(FAMILY, teacher), examples_of(latents, 3), SCHEDULE, save=save
+    )  # fmt: skip
+    expected = seen[0]
+    for steps, weight in enumerate(seen, start=1):
+        kept = min(0.25, (1 + steps) / (10 + steps))
+        expected = kept * expected + (1 - kept) * weight
+    assert run.student.average is not None
+    torch.testing.assert_close(run.student.average[name], expected)
+    assert not torch.equal(expected, seen[-1])
+    run.student.become_average()
+    torch.testing.assert_close(run.student.get_parameter(name).detach(), expected)
+
+
+@pytest.mark.parametrize("shape", [(32, 256), (128, 64)], ids=["rows of blocks", "short rows"])
+def test_moments_in_8_bits_take_less_learn_nearly_the_same_and_go_on_exactly(
+    shape: tuple[int, int],
+) -> None:
+    """On weights large enough to be quantised: torchao leaves those below 4096 values alone."""
+    weight = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    other = torch.nn.Parameter(weight.detach().clone())
+    optimizers = [make_optimizer("adamw", [weight], 1e-2), make_optimizer("adamw8bit", [other], 1)]
+    set_rate(optimizers[1], 1e-2)
+    for step in range(10):
+        for parameter, optimizer in zip((weight, other), optimizers, strict=True):
+            parameter.grad = torch.cos(parameter.detach() * (step + 1))
+            optimizer.step()
+    torch.testing.assert_close(other, weight, rtol=0, atol=0.02)
+    held = moments(optimizers[1], other)
+    assert held.keys() == {
+        "step", "exp_avg.codes", "exp_avg.scale", "exp_avg_sq.codes", "exp_avg_sq.scale"
+    }  # fmt: skip
+    if shape[1] == 256:
+        assert sum(value.nbytes for value in held.values()) < 2 * 0.3 * weight.nbytes
+
+    # As from a checkpoint, whose tensors are of the parameter's dtype.
+    held = {kind: value.to(other.dtype, copy=True) for kind, value in held.items()}
+    fresh, copied = torch.nn.Parameter(other.detach().clone()), other
+    restored = make_optimizer("adamw8bit", [fresh], 1)
+    set_moments(restored, {fresh: held})
+    assert torch.equal(fresh, copied)
+    for parameter, optimizer in ((copied, optimizers[1]), (fresh, restored)):
+        set_rate(optimizer, 1e-2)
+        parameter.grad = torch.sin(parameter.detach())
+        optimizer.step()
+    assert torch.equal(fresh, copied)
+
+
+def test_8_bits_without_torchao_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="adamw8bit needs torchao"):
+        StepConfig(optimizer="adamw8bit")
 
 
 def test_golden_losses(teacher: nn.Module, latents: Latents) -> None:
@@ -219,10 +323,9 @@ def test_a_span_phase_has_the_gradient_of_the_mean_over_replacements(
     expected = torch.stack(losses).mean()
     expected.backward()
 
-    student = Run(teacher, latents).student
+    student = Run(teacher, latents, step=StepConfig(micro_batch=micro_batch)).student
     set_trainable(student, phase)
-    observed = Observed(FAMILY, teacher)
-    loss = backward(student, observed, example, phase, alone, micro_batch)
+    loss = backward(student, Observed(FAMILY, teacher), example, phase, alone)
     torch.testing.assert_close(loss, expected.detach())
     assert_same_gradients(student, other)
 
@@ -236,10 +339,9 @@ def test_micro_batches_add_up_to_the_batch(
     example = next(examples_of(latents, seed=3)(number, phase, 0))
     losses, students = [], []
     for micro_batch in (None, 2):
-        student = Run(teacher, latents).student
+        student = Run(teacher, latents, step=StepConfig(micro_batch=micro_batch)).student
         set_trainable(student, phase)
-        observed = Observed(FAMILY, teacher)
-        losses.append(backward(student, observed, example, phase, alone, micro_batch))
+        losses.append(backward(student, Observed(FAMILY, teacher), example, phase, alone))
         students.append(student)
     torch.testing.assert_close(losses[1], losses[0])
     assert_same_gradients(*students)

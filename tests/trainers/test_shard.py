@@ -12,6 +12,7 @@ import torch.distributed
 from tests.trainers.students.tiny import FAMILY_TEACHERS, Tiny
 from trainers import sharded
 from trainers.distilled import Distilled, Observed
+from trainers.optimizer import adamw
 from trainers.sharded import shard
 from trainers.students.families.base import State
 from trainers.students.surgery import assemble
@@ -54,3 +55,29 @@ def test_sharding_changes_nothing_in_low_precision(
     assert len(states) == 7
     for place, first in ((0, 0), (1, 3)):
         assert distilled(inputs, place, states[first]).image_BND.dtype == half
+
+
+def test_weights_gradients_and_moments_are_float32_under_half_precision():
+    half, tiny = torch.bfloat16, FAMILY_TEACHERS[0]
+    student = Distilled(tiny.family, assemble(tiny.model(), tiny.cut), tiny.cut)
+    shard(student, torch.device("cpu"), half)
+    student.requires_grad_(True)
+    seen: list[torch.dtype] = []
+    student.blocks[0].attn.to_q.register_forward_pre_hook(
+        lambda module, arguments: seen.extend([module.weight.dtype, arguments[0].dtype])
+    )
+    inputs = tiny.inputs(padded=False)
+    inputs = replace(
+        inputs,
+        noisy_BNC=inputs.noisy_BNC.to(half),
+        timestep_B=inputs.timestep_B.to(half),
+        embeds_BMD=inputs.embeds_BMD.to(half),
+    )
+    student(inputs).float().square().mean().backward()
+    assert seen == [half, half]
+    optimizer = adamw(student.parameters(), 1e-3)
+    optimizer.step()
+    weight = student.blocks[0].attn.to_q.weight
+    held = optimizer.state[weight]
+    kinds = {weight.dtype, weight.grad.dtype, held["exp_avg"].dtype, held["exp_avg_sq"].dtype}
+    assert kinds == {torch.float32}

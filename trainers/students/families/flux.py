@@ -26,6 +26,7 @@ from trainers.students.families.parts import (
     TIMESTEP_CHANNELS,
     BlockShape,
     DualNames,
+    call_reading,
     dual_block_parameters,
     ffn_importance,
     ffn_width,
@@ -314,9 +315,9 @@ class FluxFamily:
         if _is_single(block):
             return State(*block(**stock))
         attn = cast("FluxTransformerBlock", block).attn
-        with read_by(attn, "encoder_hidden_states") as modulated:
-            text_BMD, image_BND = block(**stock)
-        return State(text_BMD, image_BND, modulated[0])
+        after, modulated_BMD = call_reading(block, attn, "encoder_hidden_states", stock)
+        text_BMD, image_BND = after
+        return State(text_BMD, image_BND, modulated_BMD)
 
     def end(self, model: nn.Module, state: State, context: Context) -> Tensor:
         transformer = cast("FluxTransformer2DModel", model)

@@ -161,21 +161,50 @@ def ffn_or_map(width: int, hidden: int | None) -> nn.Module:
 
 
 @contextlib.contextmanager
-def read_by(module: nn.Module, keyword: str | None = None) -> Iterator[list[Tensor]]:
-    """Collects what a module is called with: its first argument, or a keyword's.
+def read_by(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the first argument that a module is called with.
 
     A hook, because a sharded block has its weights only inside its own `forward`.
     """
     read: list[Tensor] = []
 
-    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        read.append(keywords[keyword] if keyword else arguments[0])
+    def note(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        read.append(arguments[0])
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    handle = module.register_forward_pre_hook(note)
     try:
         yield read
     finally:
         handle.remove()
+
+
+class _Note:
+    """What a module was last called with."""
+
+    value: Tensor | None = None
+
+
+def call_reading(
+    block: nn.Module, module: nn.Module, keyword: str, arguments: Mapping[str, Any]
+) -> tuple[Any, Tensor]:
+    """What a block gives, and what `module` in it was called with by `keyword`.
+
+    Its hook stays there: a compiled block knows those that it had when it was compiled.
+    """
+    note = module.__dict__.get("_espalier_note")
+    if note is None:
+        note = module.__dict__["_espalier_note"] = _Note()
+
+        def keep(called: Any, _: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            called._espalier_note.value = keywords[keyword]
+
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        result = block(**arguments)
+        assert note.value is not None, keyword
+        return result, note.value
+    finally:
+        note.value = None
 
 
 def materialise(

@@ -24,6 +24,7 @@ from trainers.students.families.parts import (
     TIMESTEP_CHANNELS,
     BlockShape,
     DualNames,
+    call_reading,
     dual_block_parameters,
     ffn_importance,
     ffn_width,
@@ -249,15 +250,16 @@ class QwenImageFamily:
         if isinstance(block, PrunedQwenImageBlock):
             return State(*block(*state, context.mask_BM, context.time_BD, context.rope))
         attn = cast("QwenImageTransformerBlock", block).attn
-        with read_by(attn, "encoder_hidden_states") as modulated:
-            text_BMD, image_BND = block(
-                hidden_states=state.image_BND,
-                encoder_hidden_states=state.text_BMD,
-                encoder_hidden_states_mask=context.mask_BM,
-                temb=context.time_BD,
-                image_rotary_emb=context.rope,
-            )
-        return State(text_BMD, image_BND, modulated[0])
+        stock = {
+            "hidden_states": state.image_BND,
+            "encoder_hidden_states": state.text_BMD,
+            "encoder_hidden_states_mask": context.mask_BM,
+            "temb": context.time_BD,
+            "image_rotary_emb": context.rope,
+        }
+        after, modulated_BMD = call_reading(block, attn, "encoder_hidden_states", stock)
+        text_BMD, image_BND = after
+        return State(text_BMD, image_BND, modulated_BMD)
 
     def end(self, model: nn.Module, state: State, context: Context) -> Tensor:
         transformer = cast("QwenImageTransformer2DModel", model)
