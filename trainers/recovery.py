@@ -171,9 +171,11 @@ def backward(
     total = example.clean_BNC.new_zeros((), dtype=torch.float32)
     for rows in parts:
         inputs = example.inputs.rows(rows)
+        # The teacher first: its pass then takes no memory beside the student's graph.
+        aim_BNC = teacher(inputs) if phase.loss == "velocity" else None
         velocity_BNC = cast("Tensor", student(inputs))
-        if phase.loss == "velocity":
-            loss = velocity_loss(velocity_BNC, cast("Tensor", teacher(inputs)))
+        if aim_BNC is not None:
+            loss = velocity_loss(velocity_BNC, aim_BNC)
         else:
             clean_BNC, noise_BNC = example.clean_BNC[rows], example.noise_BNC[rows]
             loss = diffusion_loss(velocity_BNC, clean_BNC, noise_BNC)

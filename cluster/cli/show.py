@@ -18,7 +18,9 @@ from cluster.cli.common import (
     open_config,
     print_json,
 )
+from cluster.cli.training import describe_training, print_training
 from storage.errors import EspalierError
+from trainers.estimate import GPUS, MFU
 
 if TYPE_CHECKING:
     from trainers.students.plan import Plan
@@ -88,6 +90,27 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    train: Annotated[
+        bool,
+        typer.Option(
+            "--train",
+            help="Also what training it takes: memory of each GPU, and time. A recipe's "
+            "`recover` and `data.resolution` say how it is trained.",
+        ),
+    ] = False,
+    gpu: Annotated[str, typer.Option(help="Kind of GPU: " + ", ".join(GPUS) + ".")] = "H100-80GB",
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="How many; by default recover.workers.", min=1, show_default=False),
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of each, in place of the kind's.", min=0.1, show_default=False),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of a caption.", min=1)] = 256,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the GPU's peak that training reaches.", min=0.01, max=1)
+    ] = MFU,
     as_json: Json = False,
 ) -> None:
     """Print a plan's blocks, parameters and memory; nothing is loaded or built.
@@ -96,17 +119,24 @@ def plan(
 
       espalier plan runs/best/50pct
 
-      espalier plan examples/ppcl-10b.yaml --teacher Qwen/Qwen-Image
+      espalier plan examples/recipes/ppcl-qwen-image-10b.yaml --train --gpu H100-80GB --gpus 8
     """
     with endings():
         from trainers.students.plan import load_plan
 
         student = load_plan(path / "plan.json" if path.is_dir() else path)
-        described = describe(student, sizes_of(student, path, teacher))
+        config = sizes_of(student, path, teacher)
+        described = describe(student, config)
+        if train:
+            described["training"] = describe_training(
+                student, config, path, gpu, gpus, gpu_memory, text_tokens, mfu
+            )
         if as_json:
             print_json(described)
             return
         _print_plan(described)
+        if train:
+            print_training(described["training"])
 
 
 def sizes_of(student: Plan, path: Path, teacher: str | None) -> Mapping[str, Any]:

@@ -86,6 +86,47 @@ def test_a_plan_is_a_table_for_people(tmp_path: Path) -> None:
     assert "15–24" in done.output
 
 
+def test_a_recipe_says_what_training_it_takes() -> None:
+    recipe = Path("examples/recipes/ppcl-qwen-image-10b.yaml")
+    said = json.loads(espalier("plan", recipe, "--train", "--json").output)["training"]
+    assert (said["gpus"], said["resolution"]) == (8, 1328)
+    span, velocity = said["phases"]
+    assert (span["loss"], velocity["loss"]) == ("span", "velocity")
+    assert velocity["memory"]["weights"] == 4 * 10_575_332_416 // 8
+    assert velocity["memory"]["total"] == sum(
+        size for part, size in velocity["memory"].items() if part != "total"
+    )
+    assert span["fits"]
+    assert velocity["fits"]
+    assert said["seconds"] == pytest.approx(span["seconds"] + velocity["seconds"])
+    faster = json.loads(
+        espalier("plan", recipe, "--train", "--gpu", "B200-180GB", "--json").output
+    )["training"]  # fmt: skip
+    assert faster["seconds"] == pytest.approx(said["seconds"] * 989 / 2250)
+
+
+def test_training_is_a_table_for_people(tmp_path: Path) -> None:
+    done = espalier("plan", ppcl_plan(tmp_path), "--train", "--gpus", "4", "--gpu-memory", "40")
+    shown = done.output.replace("\n", " ")
+    assert "training on 4 × H100-80GB (40.0 GiB)" in shown
+    assert "at 40% of the GPU's 989 TFLOP/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (("--gpu", "abacus"), "--gpu abacus: not known; give one of A100-40GB"),
+        (("--gpus", "5"), "--gpus 5: 32 pictures a step cannot be shared equally"),
+    ],
+)
+def test_training_that_cannot_be_is_refused(
+    tmp_path: Path, settings: tuple[str, str], reason: str
+) -> None:
+    done = espalier("plan", ppcl_plan(tmp_path), "--train", *settings)
+    assert done.exit_code == 1
+    assert reason in done.stderr
+
+
 def test_a_plan_with_a_gap_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(

@@ -59,6 +59,17 @@ class Texts(NamedTuple):
     pooled_BP: Tensor | None = None
 
 
+class Work(NamedTuple):
+    """What a block costs for each token, attention between tokens apart."""
+
+    image_weights: int
+    """Weights that an image token is multiplied with."""
+    text_weights: int
+    image_kept: int
+    """Bytes that autograd keeps for an image token where a state has two bytes a channel."""
+    text_kept: int
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One batch as the transformer reads it."""
@@ -125,6 +136,9 @@ class Family(Runs, Protocol):
 
     def block_parameters(self, config: Config, block: BlockPlan) -> int:
         """Parameters of one student block."""
+
+    def block_work(self, config: Config, block: BlockPlan) -> Work:
+        """What one student block costs."""
 
     def ffn_width(self, config: Config, fraction: float) -> int:
         """Hidden channels of a feed-forward network of which `fraction` is kept; at least 1."""

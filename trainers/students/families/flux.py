@@ -20,14 +20,18 @@ from trainers.students.families.base import (
     MapPair,
     State,
     Texts,
+    Work,
     check_plan,
 )
 from trainers.students.families.parts import (
+    KEPT_HIDDEN,
+    KEPT_SINGLE,
     TIMESTEP_CHANNELS,
     BlockShape,
     DualNames,
     call_reading,
     dual_block_parameters,
+    dual_block_work,
     ffn_importance,
     ffn_width,
     linear_parameters,
@@ -163,6 +167,16 @@ class FluxFamily:
         assert shape.ffn is not None, "refused"
         attention = 3 * linear(d, d) + 2 * sizes.head_dim
         return linear(d, 3 * d) + attention + linear(d, shape.ffn) + linear(d + shape.ffn, d)
+
+    def block_work(self, config: Config, block: BlockPlan) -> Work:
+        sizes = _Sizes.of(config)
+        width, shape = sizes.width, BlockShape.of(sizes.width, block)
+        if not sizes.is_single(block):
+            return dual_block_work(width, shape)
+        assert shape.ffn is not None, "refused"
+        weights = 4 * width**2 + 2 * width * shape.ffn
+        kept = round(KEPT_SINGLE * width) + KEPT_HIDDEN * shape.ffn
+        return Work(weights, weights, kept, kept)
 
     def ffn_width(self, config: Config, fraction: float) -> int:
         return ffn_width(_Sizes.of(config).width, fraction)

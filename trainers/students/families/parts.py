@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from trainers.students.families.base import MapPair, State
+from trainers.students.families.base import MapPair, State, Work
 from trainers.students.plan import BlockPlan, Text
 
 if TYPE_CHECKING:
@@ -68,6 +68,26 @@ def dual_block_parameters(width: int, head_dim: int, shape: BlockShape) -> int:
             return 2 * attention + branch + (1 + shape.text_map) * linear(d, d)
         case "shared":
             return attention + branch
+
+
+# What autograd keeps of a block for a token, in bytes a channel of width, or of an FFN's hidden
+# channels, with states of two bytes. Counted, and held against tensors by tests/trainers.
+_KEPT = 41
+_KEPT_LINEAR_FFN = 35
+_KEPT_PROJECTED = 28
+KEPT_SINGLE = 33.5
+KEPT_HIDDEN = 4
+
+
+def dual_block_work(width: int, shape: BlockShape) -> Work:
+    """What a dual-stream block costs, or what is left of one."""
+    hidden = shape.ffn or 0
+    weights = 4 * width**2 + (width**2 if shape.ffn is None else 2 * width * hidden)
+    kept = (_KEPT_LINEAR_FFN if shape.ffn is None else _KEPT) * width + KEPT_HIDDEN * hidden
+    if shape.text != "projected":
+        return Work(weights, weights, kept, kept)
+    # The map, queries, keys and values; nothing reads what the text attends to.
+    return Work(weights, (4 + shape.text_map) * width**2, kept, _KEPT_PROJECTED * width)
 
 
 class DualNames(NamedTuple):

@@ -18,6 +18,7 @@ from trainers.students.families.base import (
     MapPair,
     State,
     Texts,
+    Work,
     check_plan,
 )
 from trainers.students.families.parts import (
@@ -26,6 +27,7 @@ from trainers.students.families.parts import (
     DualNames,
     call_reading,
     dual_block_parameters,
+    dual_block_work,
     ffn_importance,
     ffn_width,
     linear_parameters,
@@ -129,6 +131,10 @@ class QwenImageFamily:
     def block_parameters(self, config: Config, block: BlockPlan) -> int:
         sizes = _Sizes.of(config)
         return dual_block_parameters(sizes.width, sizes.head_dim, BlockShape.of(sizes.width, block))
+
+    def block_work(self, config: Config, block: BlockPlan) -> Work:
+        width = _Sizes.of(config).width
+        return dual_block_work(width, BlockShape.of(width, block))
 
     def ffn_width(self, config: Config, fraction: float) -> int:
         return ffn_width(_Sizes.of(config).width, fraction)
