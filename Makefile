@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow miniature bench bench-search study clean
+.PHONY: help install demo check test test-slow miniature bench bench-search bench-train study clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ bench-search: install ## what a search costs, against TPE and ASHA with a studen
 	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.search examples/miniature.yaml --trials 2000
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival.run examples/miniature.yaml --out build/rival
+
+bench-train: install ## memory and speed of training (the GPU's figures where there is one)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train
 
 study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study

@@ -1,0 +1,404 @@
+"""Training: memory of span phases by depth, steps a second under Ray Train, and speed on a GPU.
+
+    python -m benchmarks.train                # all three parts
+    python -m benchmarks.train --only gpu     # needs torch and diffusers alone
+
+Weights and data are random. Prints one JSON object a row; the GPU's rows need a CUDA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from benchmarks.memory import PeakMemory
+from trainers.distilled import Distilled, Observed, compile_blocks
+from trainers.estimate import GPUS, Gpu, Pictures, Run, block_flops, estimate, step_flops
+from trainers.optimizer import make_optimizer, rate_at, set_rate
+from trainers.recovery import Example, backward, set_trainable, train_step
+from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
+from trainers.sharded import shard
+from trainers.students.families import family_named
+from trainers.students.families.base import Config, Inputs
+from trainers.students.families.qwen_image import QWEN_IMAGE
+from trainers.students.plan import BlockPlan, Plan, identity_plan, load_plan
+
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+SMALL: Config = {
+    **QWEN_IMAGE,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": [8, 12, 12],
+    "num_layers": 12,
+}
+"""Blocks of 0.6M parameters, for a CPU."""
+WARM = 5
+WORKERS = 2
+Row = dict[str, Any]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--only", choices=["memory", "ray", "gpu"])
+    arguments.add_argument("--steps", type=int, default=60, help="timed steps under Ray Train")
+    arguments.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    arguments.add_argument("--bare", type=Path, help="run one torchrun worker, write times here")
+    options = arguments.parse_args()
+    if options.bare:
+        bare_worker(options.steps, options.bare)
+        return
+    rows: list[Iterator[Row]] = []
+    if options.only in (None, "memory"):
+        rows.append(memory_rows(SMALL, (12, 24, 48)))
+    if options.only in (None, "ray"):
+        rows.append(ray_rows(options.steps, options.repeats))
+    if options.only in (None, "gpu"):
+        rows.append(gpu_rows())
+    for row in itertools.chain(*rows):
+        print(json.dumps(row), flush=True)
+
+
+def memory_rows(config: Config, depths: Sequence[int], side: int = 16) -> Iterator[Row]:
+    """The most that a backward pass holds beside weights and gradients, by the teacher's blocks."""
+    for blocks in depths:
+        deep = {**config, "num_layers": blocks}
+        plan = halved(blocks)
+        row: Row = {"part": "memory", "blocks": blocks}
+        for phase in phases(batch=4):
+            student, teacher = built(deep, plan, PLAIN)
+            set_trainable(student, phase)
+            example = drawn(config, Pictures(side * side, 32), phase.batch_size)
+            backward(student, teacher, example, phase, lambda value: value)
+            with PeakMemory() as memory:
+                backward(student, teacher, example, phase, lambda value: value)
+            row[f"{phase.loss}_mib"] = round(memory.peak / 2**20, 1)
+        yield row
+
+
+def ray_rows(steps: int, repeats: int) -> Iterator[Row]:
+    """The same loop bare and under Ray Train, by turns; medians over all warm steps."""
+    import ray
+
+    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+    times: dict[str, list[float]] = {"torchrun": [], "ray": []}
+    try:
+        for _ in range(repeats):
+            times["torchrun"] += under_torchrun(steps)
+            times["ray"] += under_ray(steps)
+    finally:
+        ray.shutdown()
+    median = {way: statistics.median(seconds) for way, seconds in times.items()}
+    yield {
+        "part": "ray",
+        "workers": WORKERS,
+        "steps": len(times["ray"]),
+        "torchrun_steps_per_s": round(1 / median["torchrun"], 2),
+        "ray_steps_per_s": round(1 / median["ray"], 2),
+        "ratio": round(median["torchrun"] / median["ray"], 3),
+    }
+
+
+def under_torchrun(steps: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "times.json"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc_per_node={WORKERS}", "-m", "benchmarks.train",
+            "--steps", str(steps), "--bare", str(out),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        return list(json.loads(out.read_text()))
+
+
+def bare_worker(steps: int, out: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    seconds = timed_loop(steps, lambda facts: None)
+    if torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(seconds))
+    torch.distributed.destroy_process_group()
+
+
+def under_ray(steps: int) -> list[float]:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "times.json"
+        TorchTrainer(
+            ray_worker,
+            train_loop_config={"steps": steps, "out": str(out)},
+            scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 0.5}),
+            run_config=RunConfig(name="benchmark", storage_path=folder),
+        ).fit()
+        return list(json.loads(out.read_text()))
+
+
+def ray_worker(config: dict[str, Any]) -> None:
+    import ray.train
+
+    seconds = timed_loop(config["steps"], ray.train.report)
+    if torch.distributed.get_rank() == 0:
+        Path(config["out"]).write_text(json.dumps(seconds))
+
+
+def timed_loop(steps: int, report: Callable[[dict[str, Any]], None]) -> list[float]:
+    """Seconds of each warm step of a sharded whole-model phase; reports as often as a recovery."""
+    torch.set_num_threads(1)
+    phase = phases(batch=8 * WORKERS)[1]
+    plan = halved(12)
+    student, teacher = built(SMALL, plan, PLAIN)
+    shard(student, torch.device("cpu"), torch.float32)
+    set_trainable(student, phase)
+    optimizer = make_optimizer("adamw", student.parameters(), phase.lr)
+    share = phase.batch_size // torch.distributed.get_world_size()
+    example = drawn(SMALL, Pictures(64, 16), share)
+
+    def mean(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value / torch.distributed.get_world_size()
+
+    seconds = []
+    for step in range(WARM + steps):
+        begun = time.perf_counter()
+        set_rate(optimizer, phase.lr * rate_at(step, WARM + steps, phase.warmup))
+        loss = train_step(student, teacher, example, phase, optimizer, mean)
+        if step % max(1, steps // 20) == 0:
+            report({"step": step, "loss": loss})
+        seconds.append(time.perf_counter() - begun)
+    return seconds[WARM:]
+
+
+def gpu_rows() -> Iterator[Row]:
+    """Qwen-Image's own block sizes on the GPU of this machine."""
+    if not torch.cuda.is_available():
+        yield {"part": "gpu", "skipped": "no CUDA GPU here"}
+        return
+    name = torch.cuda.get_device_name()
+    gpu = next((gpu for kind, gpu in GPUS.items() if kind.split("-")[0] in name), None)
+    device, pictures = torch.device("cuda"), Pictures.of(1024, 256)
+    offered = torch.cuda.get_device_properties(device).total_memory
+    for loss, compiled in itertools.product(("span", "velocity"), (False, True)):
+        step = StepConfig(micro_batch=1, checkpointing=loss == "velocity", compile=compiled)
+        phase = next(phase for phase in phases(batch=4) if phase.loss == loss)
+        blocks = fitting(QWEN_IMAGE, phase, step, pictures, int(0.85 * offered))
+        yield {"gpu": name} | step_row(QWEN_IMAGE, blocks, phase, step, pictures, device, gpu)
+    yield from latency_rows(shapes(), (1024, 1328), device)
+
+
+def fitting(config: Config, phase: Phase, step: StepConfig, pictures: Pictures, most: int) -> int:
+    """The largest even number of teacher blocks whose training fits in `most` bytes on one GPU."""
+    blocks = 2
+    while blocks < int(config["num_layers"]):
+        more = blocks + 2
+        run = Run({**config, "num_layers": more}, halved(more), step, pictures, 1, True, 1.0)
+        if estimate(run, Schedule(phases=(phase,)))[0].total > most:
+            break
+        blocks = more
+    return blocks
+
+
+def step_row(
+    config: Config,
+    blocks: int,
+    phase: Phase,
+    step: StepConfig,
+    pictures: Pictures,
+    device: torch.device,
+    gpu: Gpu | None,
+    repeats: int = 5,
+) -> Row:
+    """One phase on one device: time and memory of a step, and what it makes of the device."""
+    config, plan = {**config, "num_layers": blocks}, halved(blocks)
+    with alone(device):
+        student, teacher = built(config, plan, step, device)
+        set_trainable(student, phase)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = make_optimizer("adamw", trained, 1e-6)
+        example = drawn(config, pictures, phase.batch_size, device, torch.bfloat16)
+
+        def once() -> None:
+            train_step(student, teacher, example, phase, optimizer, lambda value: value)
+
+        seconds, peak = measured(once, device, repeats)
+    # What a model needs: what checkpointing computes again is not useful work.
+    run = Run(config, plan, PLAIN, pictures, 1, True, 1.0)
+    rate = step_flops(run, phase) / seconds
+    tokens = phase.batch_size * (pictures.image_tokens + pictures.text_tokens)
+    expected = Run(config, plan, step, pictures, 1, True, 1.0)
+    return {
+        "part": "gpu",
+        "phase": phase.loss,
+        "teacher_blocks": blocks,
+        "student_blocks": len(plan.blocks),
+        "compiled": step.compile,
+        "batch": phase.batch_size,
+        "seconds_per_step": round(seconds, 4),
+        "tokens_per_s": round(tokens / seconds),
+        "tflops": round(rate / 1e12, 1),
+        "mfu": round(rate / (gpu.tflops * 1e12), 3) if gpu else None,
+        "peak_gib": round(peak / 2**30, 2),
+        "expected_gib": round(estimate(expected, Schedule(phases=(phase,)))[0].total / 2**30, 2),
+    }
+
+
+def latency_rows(
+    models: dict[str, tuple[Config, Plan]],
+    resolutions: Sequence[int],
+    device: torch.device,
+    text_tokens: int = 256,
+) -> Iterator[Row]:
+    """One forward pass over one picture, of every model at every resolution."""
+    for (name, (config, plan)), resolution in itertools.product(models.items(), resolutions):
+        family, pictures = family_named(plan.family), Pictures.of(resolution, text_tokens)
+        model = family.build(config, plan, "meta", torch.bfloat16).to_empty(device=device)
+        initialise(model.requires_grad_(False))
+        inputs = drawn(config, pictures, 1, device, torch.bfloat16).inputs
+
+        @torch.no_grad()
+        def once(model: Any = model, inputs: Inputs = inputs, family: Any = family) -> None:
+            family.forward(model, inputs)
+
+        seconds, peak = measured(once, device, repeats=5)
+        flops = sum(block_flops(family, config, block, pictures) for block in plan.blocks)
+        yield {
+            "part": "latency",
+            "model": name,
+            "resolution": resolution,
+            "ms": round(1000 * seconds, 1),
+            "tflops": round(flops / seconds / 1e12, 1),
+            "peak_gib": round(peak / 2**30, 2),
+        }
+        del model, once, inputs
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def shapes() -> dict[str, tuple[Config, Plan]]:
+    """The teacher and the papers' students, with the config of the teacher each is cut from."""
+    plans = {
+        "teacher": identity_plan("qwen_image", 60),
+        "PPCL-10B": load_plan(RECIPES / "ppcl-qwen-image-10b.yaml"),
+        # Which blocks it keeps, a search finds; whichever they are, it is as fast.
+        "Amber-10B": halved(60),
+        "Amber-6B": load_plan(RECIPES / "amber-qwen-image-6b.yaml"),
+    }
+    return {
+        name: ({**QWEN_IMAGE, "num_layers": plan.teacher_blocks}, plan)
+        for name, plan in plans.items()
+    }
+
+
+def phases(batch: int) -> tuple[Phase, Phase]:
+    """A span phase, and one through the whole student."""
+    return (
+        Phase(loss="span", steps=1, lr=1e-5, batch_size=batch),
+        Phase(loss="velocity", train="all", steps=1, lr=1e-5, batch_size=batch),
+    )
+
+
+def halved(blocks: int) -> Plan:
+    """The student that merges every two blocks."""
+    pairs = tuple(BlockPlan(span=(i, i + 1)) for i in range(0, blocks, 2))
+    return Plan(family="qwen_image", teacher_blocks=blocks, blocks=pairs)
+
+
+def built(
+    config: Config, plan: Plan, step: StepConfig, device: torch.device | None = None
+) -> tuple[Distilled, Observed]:
+    """Student and teacher with random weights: on a `device` sharded, in bfloat16 with float32
+    weights of the student's, else in float32 on the CPU."""
+    family, place = family_named(plan.family), device or torch.device("cpu")
+    half = torch.bfloat16 if device else torch.float32
+    whole = identity_plan(plan.family, plan.teacher_blocks)
+    student = Distilled(family, family.build(config, plan, "meta", torch.float32), plan, step)
+    teacher = Observed(family, family.build(config, whole, "meta", half))
+    for module in (student, teacher):
+        if step.compile:
+            compile_blocks(module)
+        if device:
+            shard(module, place, half)
+        module.to_empty(device=place)
+        initialise(module)
+    return student, teacher
+
+
+@torch.no_grad()
+def initialise(module: torch.nn.Module) -> None:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.02)
+
+
+def drawn(
+    config: Config,
+    pictures: Pictures,
+    batch: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Example:
+    """A batch of noise."""
+    torch.manual_seed(1)
+    side = round(pictures.image_tokens**0.5)
+    channels = int(config["in_channels"])
+    noisy, clean, noise = torch.randn(3, batch, side * side, channels).to(device, dtype)
+    embeds = torch.randn(batch, pictures.text_tokens, int(config["joint_attention_dim"]))
+    times = torch.linspace(0.1, 0.9, batch).to(device, dtype)
+    inputs = Inputs(noisy, times, embeds.to(device, dtype), None, (side, side))
+    return Example(inputs, clean, noise)
+
+
+def measured(once: Callable[[], None], device: torch.device, repeats: int) -> tuple[float, int]:
+    """The median of several runs' seconds after warm ones, and the most bytes held (CUDA alone)."""
+    cuda = device.type == "cuda"
+    seconds = []
+    for run in range(2 + repeats):
+        if cuda:
+            if run == 2:
+                torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        begun = time.perf_counter()
+        once()
+        if cuda:
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+    return statistics.median(seconds[2:]), peak
+
+
+class alone:  # noqa: N801  # a context manager
+    """A process group of this process alone, which sharding needs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        torch.distributed.init_process_group(
+            "nccl" if self._device.type == "cuda" else "gloo",
+            store=torch.distributed.HashStore(),  # type: ignore[attr-defined]  # torch does not list it
+            rank=0,
+            world_size=1,
+        )
+
+    def __exit__(self, *_: object) -> None:
+        torch.distributed.destroy_process_group()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The benchmark of training, on sizes that a CPU takes in a second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import train
+from trainers.estimate import Gpu, Pictures
+from trainers.schedule import StepConfig
+from trainers.students.counts import plan_parameters
+from trainers.students.plan import identity_plan
+
+CPU = torch.device("cpu")
+TINY = {**train.SMALL, "attention_head_dim": 8, "axes_dims_rope": [4, 2, 2]}
+
+
+def test_memory_of_span_phases_is_flat() -> None:
+    few, many = train.memory_rows(TINY, (4, 8), side=8)
+    assert few["span_mib"] == many["span_mib"] > 0
+    assert few["velocity_mib"] < many["velocity_mib"]
+
+
+@pytest.mark.parametrize("loss", ["span", "velocity"])
+def test_a_phase_is_measured_on_one_device(loss: str) -> None:
+    phase = next(phase for phase in train.phases(batch=2) if phase.loss == loss)
+    step, gpu = StepConfig(micro_batch=1, checkpointing=True), Gpu(1.0, 0.5)
+    row = train.step_row(TINY, 4, phase, step, Pictures(16, 4), CPU, gpu, repeats=1)
+    assert (row["teacher_blocks"], row["student_blocks"]) == (4, 2)
+    assert row["tokens_per_s"] == pytest.approx(2 * 20 / row["seconds_per_step"], rel=0.02)
+    assert row["mfu"] == pytest.approx(row["tflops"] / 0.5, abs=0.1)
+
+
+def test_as_many_blocks_as_fit() -> None:
+    phase, step, pictures = train.phases(batch=1)[0], StepConfig(), Pictures(16, 4)
+    few, more = (train.fitting(TINY, phase, step, pictures, most) for most in (2**22, 2**23))
+    assert 2 <= few < more <= TINY["num_layers"]
+
+
+def test_latency_has_a_row_a_model_and_resolution() -> None:
+    models = {"teacher": (TINY, identity_plan("qwen_image", 12)), "half": (TINY, train.halved(12))}
+    rows = list(train.latency_rows(models, (64, 128), CPU, text_tokens=4))
+    assert [(row["model"], row["resolution"]) for row in rows] == [
+        ("teacher", 64), ("teacher", 128), ("half", 64), ("half", 128)
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_the_papers_shapes_have_their_sizes() -> None:
+    sizes = {name: plan_parameters(plan, config) for name, (config, plan) in train.shapes().items()}
+    assert sizes["teacher"] == 20_430_401_088
+    assert sizes["PPCL-10B"] == 10_575_332_416
+    assert sizes["Amber-6B"] == 6_837_149_248
+    assert sizes["PPCL-10B"] > sizes["Amber-10B"] > sizes["Amber-6B"]
+
+
+def test_the_timed_loop_leaves_warm_steps_out() -> None:
+    reported: list[dict[str, object]] = []
+    with train.alone(CPU):
+        seconds = train.timed_loop(3, reported.append)
+    assert len(seconds) == 3
+    assert [facts["step"] for facts in reported] == list(range(train.WARM + 3))
+
+
+def test_without_a_gpu_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(train.gpu_rows()) == [{"part": "gpu", "skipped": "no CUDA GPU here"}]
