@@ -116,9 +116,9 @@ class SweepConfig(Section):
     @model_validator(mode="after")
     def _batches_share_out(self) -> Self:
         for i, phase in enumerate(self.recover.space.phases):
-            if phase.batch_size % self.recover.workers:
+            if phase.batch_size < self.recover.range[1]:
                 raise ValueError(
-                    f"recover.space.phases[{i}].batch_size: must be a multiple of "
-                    f"recover.workers, {self.recover.workers}, got {phase.batch_size}"
+                    f"recover.space.phases[{i}].batch_size: must be at least recover.workers, "
+                    f"{self.recover.range[1]}, got {phase.batch_size}"
                 )
         return self

@@ -92,7 +92,11 @@ class RaceSearcher(StatelessSearcher):
 
 
 def run_races(
-    races: Sequence[Race], book: Book, grounds: Grounds, workers: int, progress: Progress
+    races: Sequence[Race],
+    book: Book,
+    grounds: Grounds,
+    workers: tuple[int, int],
+    progress: Progress,
 ) -> None:
     """Run what is left of all races, noting outcomes in the book."""
     with tempfile.TemporaryDirectory(prefix="espalier-recover-") as folder, quiet_tune():
@@ -137,6 +141,7 @@ def recovery_trial(config: dict[str, Any]) -> None:
     if len(ray.nodes()) == 1:
         # An actor that would watch for the preemption of the very machine it runs on.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    fewest, most = config["workers"]
     resources = {"CPU": config["cpus"]}
     if config["gpus"]:
         resources["GPU"] = config["gpus"]
@@ -144,7 +149,8 @@ def recovery_trial(config: dict[str, Any]) -> None:
         train_loop,
         train_loop_config=config["job"],
         scaling_config=ScalingConfig(
-            num_workers=config["workers"],
+            # Elastic only where there is a choice: it looks for more room now and then.
+            num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=bool(config["gpus"]),
             resources_per_worker=resources,
         ),

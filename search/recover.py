@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -78,9 +79,10 @@ class RecoverConfig(Section):
     step: StepConfig = PLAIN
     """How an optimizer step is taken: memory, speed, averaging."""
 
-    workers: PositiveInt = 2
-    """Processes that one student is spread over. On GPUs each has one of its own, so there are
-    never more than the cluster has GPUs."""
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """Processes that one student is spread over; two numbers are the fewest and the most, between
+    which a recovery goes on with as many as the cluster has room for at the time. On GPUs each has
+    one of its own, so there are never more than the cluster has GPUs."""
 
     concurrent: PositiveInt = 1
     """Recoveries at a time."""
@@ -106,6 +108,18 @@ class RecoverConfig(Section):
                 "[1] to run every schedule to its end"
             )
         return self
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @field_validator("workers")
+    @classmethod
+    def _rising(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"{list(workers)} is reversed; write the fewest first")
+        return workers
 
 
 class Measured(Section):
@@ -347,19 +361,20 @@ def agreements(recoveries: Sequence[Recovery]) -> list[Agreement]:
     return found
 
 
-def placed(config: RecoverConfig, accelerator: Accelerator) -> tuple[int, Share]:
-    """Workers of one recovery, and the share of the cluster that each of them gets."""
+def placed(config: RecoverConfig, accelerator: Accelerator) -> tuple[tuple[int, int], Share]:
+    """Fewest and most workers of one recovery, and each one's share of the cluster."""
     import ray
 
     from trainers.placement import share_of
 
-    workers, together = config.workers, config.workers * config.concurrent
+    fewest, most = config.range
+    together = most * config.concurrent
     if accelerator == "gpu":
         # NCCL refuses two ranks on one GPU.
         gpus = max(1, int(ray.cluster_resources().get("GPU", 0)))
-        workers = min(workers, gpus)
-        together = min(together, max(workers, gpus))
-    return workers, share_of(together, accelerator)
+        fewest, most = min(fewest, gpus), min(most, gpus)
+        together = min(together, max(most, gpus))
+    return (fewest, most), share_of(together, accelerator)
 
 
 def _recovery(grounds: Grounds, race: Race, candidate: Candidate) -> Recovery:

@@ -6,6 +6,7 @@ tenth of a GPU free. Tests hold the formulas against real tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -142,7 +143,7 @@ def held_memory(run: Run, phase: Phase) -> dict[str, int]:
 def activations(run: Run, phase: Phase) -> int:
     """Bytes of states and graphs on a GPU at the fullest moment."""
     family, pictures = run.family, run.pictures
-    share = max(1, phase.batch_size // run.workers)
+    share = math.ceil(phase.batch_size / run.workers)
     part = min(run.step.micro_batch or share, share)
     channels = (pictures.image_tokens + pictures.text_tokens) * family.width(run.config)
     entering = channels + pictures.text_tokens * family.width(run.config)  # text also modulated

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from storage.errors import EspalierError
-from trainers.data.latents import Latents, training_inputs
+from trainers.data.latents import Latents, shares, training_inputs
 from trainers.distilled import Distilled, Observed, detached, joined
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
 from trainers.optimizer import make_optimizer, moments, rate_at, set_moments, set_rate
@@ -67,6 +67,11 @@ class Example:
     inputs: Inputs
     clean_BNC: Tensor
     noise_BNC: Tensor
+    fewest: int | None = None
+    most: int | None = None
+    """Pictures that the ranks have of this step; None when all have as many as these."""
+    weight: float = 1.0
+    """What makes the mean over ranks that have unequally many one over pictures."""
 
 
 class Examples(Protocol):
@@ -164,8 +169,7 @@ def backward(
     others (PPCL sums; AdamW does not see the difference).
     """
     count = len(example.clean_BNC)
-    most = student.step.micro_batch or count
-    parts = [slice(i, i + most) for i in range(0, count, most)]
+    parts = _parts(example, student.step.micro_batch)
     if phase.loss == "span":
         return _span_backward(student, teacher, example.inputs, phase, mean, parts)
     total = example.clean_BNC.new_zeros((), dtype=torch.float32)
@@ -179,11 +183,19 @@ def backward(
         else:
             clean_BNC, noise_BNC = example.clean_BNC[rows], example.noise_BNC[rows]
             loss = diffusion_loss(velocity_BNC, clean_BNC, noise_BNC)
-        loss = loss * (len(velocity_BNC) / count)
+        loss = loss * (example.weight * len(velocity_BNC) / count)
         _reduce_root(student, last=rows is parts[-1])
         loss.backward()
         total += loss.detach()
     return total
+
+
+def _parts(example: Example, micro_batch: int | None) -> list[slice]:
+    """Which pictures pass together. As many parts on every rank, since all take part in each."""
+    count = len(example.clean_BNC)
+    fewest, most = example.fewest or count, example.most or count
+    number = min(math.ceil(most / (micro_batch or most)), fewest)
+    return [slice(first, last) for first, last in shares(count, number)]
 
 
 def set_trainable(student: Distilled, phase: Phase) -> None:
@@ -211,7 +223,8 @@ def examples_of(
 ) -> Examples:
     """Examples from encoded pictures; every phase sees them in an order and with noise of its own.
 
-    Rank `rank` of `world` gets its slice of every batch; DataError when it cannot be cut equally.
+    Rank `rank` of `world` gets its slice of every batch; DataError when there are more ranks than
+    pictures.
     """
 
     def examples(phase: int, settings: Phase, start: int) -> Iterator[Example]:
@@ -219,7 +232,9 @@ def examples_of(
         for batch in latents.batches(phase_seed, settings.batch_size, rank, world, start):
             batch = batch.to(device, dtype)
             inputs, noise_BNC = training_inputs(batch, phase_seed, settings.timestep_shift)
-            yield Example(inputs, batch.clean_BNC, noise_BNC)
+            counts = [last - first for first, last in shares(settings.batch_size, world)]
+            weight = len(batch) * world / settings.batch_size
+            yield Example(inputs, batch.clean_BNC, noise_BNC, min(counts), max(counts), weight)
 
     return examples
 

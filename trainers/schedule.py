@@ -38,7 +38,7 @@ class PhaseBase(Section):
     optimizer state."""
 
     batch_size: PositiveInt = 32
-    """Pictures a step, over all workers; a multiple of their number."""
+    """Pictures a step, over all workers; at least as many as they are."""
 
     warmup: NonNegativeInt = 8
     """Steps over which the learning rate rises linearly, before its cosine."""
@@ -94,7 +94,7 @@ class StepConfig(Section):
 
     micro_batch: PositiveInt | None = None
     """Pictures that a worker passes through the models at a time; their gradients add up to the
-    batch's. None takes its whole share of the batch at once."""
+    batch's; one more where workers have unequally many. None takes all of a worker's at once."""
 
     checkpointing: bool = False
     """Whether phases that train through the whole student keep only what enters each block, and

@@ -39,7 +39,7 @@ def describe_training(
     gpu = GPUS[kind]
     recover, resolution = settings_of(path)
     schedule = recover.space.schedule(recover.space.middle())
-    workers = gpus or recover.workers
+    workers = gpus or recover.range[1]
     run = Run(
         config,
         plan,
@@ -54,10 +54,10 @@ def describe_training(
     phases = []
     for found in estimate(run, schedule):
         phase = found.phase
-        if phase.batch_size % workers:
+        if phase.batch_size < workers:
             raise TrainingError(
-                f"--gpus {workers}: {phase.batch_size} pictures a step cannot be shared equally; "
-                "give a number that divides recover.space.phases' batch_size"
+                f"--gpus {workers}: {phase.batch_size} pictures a step cannot be shared by so many;"
+                f" give at most {phase.batch_size}"
             )
         phases.append(
             {

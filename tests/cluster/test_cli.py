@@ -116,7 +116,7 @@ def test_training_is_a_table_for_people(tmp_path: Path) -> None:
     ("settings", "reason"),
     [
         (("--gpu", "abacus"), "--gpu abacus: not known; give one of A100-40GB"),
-        (("--gpus", "5"), "--gpus 5: 32 pictures a step cannot be shared equally"),
+        (("--gpus", "33"), "--gpus 33: 32 pictures a step cannot be shared by so many"),
     ],
 )
 def test_training_that_cannot_be_is_refused(

@@ -68,9 +68,13 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
         ),
         ("data.held_out=0", "sweep.yaml: data.held_out: must be greater than 0;"),
         (
-            "recover.workers=3",
-            "sweep.yaml: recover.space.phases[0].batch_size: must be a multiple of "
-            "recover.workers, 3, got 32",
+            "recover.workers=33",
+            "sweep.yaml: recover.space.phases[0].batch_size: must be at least "
+            "recover.workers, 33, got 32",
+        ),
+        (
+            "recover.workers=[3, 2]",
+            "sweep.yaml: recover.workers: [3, 2] is reversed; write the fewest first",
         ),
         ("data.held_out=9999", "9999 of 1500 pictures leave none to train on"),
         ("budgets=[50%, 0.5]", "budgets: 50pct is asked for twice; remove one"),

@@ -8,6 +8,7 @@ M text tokens, D embedding width, P width of pooled embeddings.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ __all__ = [
     "make_inputs",
     "open_latents",
     "shard_prefix",
+    "shares",
     "training_inputs",
 ]
 
@@ -54,8 +56,10 @@ class LatentBatch:
     """Rows and columns of image tokens."""
     step: int = 0
     """The optimizer step this batch is for."""
-    share: tuple[int, int] = (0, 1)
-    """Which of how many equal slices of the step's whole batch this is."""
+    first: int = 0
+    """Number of its first picture in the step's whole batch."""
+    whole: int | None = None
+    """Pictures of the step's whole batch; None when this is it."""
     pooled_BP: Tensor | None = None
     """One embedding of each whole caption, where the family reads such."""
 
@@ -93,14 +97,19 @@ def training_inputs(batch: LatentBatch, seed: int, shift: float = 1.0) -> tuple[
     Drawn on the CPU for the step's whole batch, so that neither the device nor the number of
     ranks changes what a picture is given.
     """
-    share, shares = batch.share
-    count = len(batch) * shares
+    count = batch.whole or len(batch)
     generator = generator_at(seed, batch.step, "noise")
     t = sample_timesteps(count, generator, shift)
     noise = torch.randn(count, *batch.clean_BNC.shape[1:], generator=generator)
-    mine = slice(share * len(batch), (share + 1) * len(batch))
+    mine = slice(batch.first, batch.first + len(batch))
     noise_BNC = noise[mine].to(batch.clean_BNC)
     return make_inputs(batch, t[mine], noise_BNC), noise_BNC
+
+
+def shares(batch_size: int, world: int) -> list[tuple[int, int]]:
+    """The pictures of a batch that each rank gets: from one, up to another."""
+    edges = [rank * batch_size // world for rank in range(world + 1)]
+    return list(itertools.pairwise(edges))
 
 
 def generator_at(seed: int, position: int, purpose: str) -> Generator:
@@ -152,15 +161,15 @@ class Latents:
         return [self.shards[s].captions[i] for s, i in map(self._rows.__getitem__, indices)]
 
     def batch(
-        self, indices: Sequence[int], step: int = 0, share: tuple[int, int] = (0, 1)
+        self, indices: Sequence[int], step: int = 0, first: int = 0, whole: int | None = None
     ) -> LatentBatch:
         """Some pictures by index; text is padded to the longest caption among them."""
         rows = [self._rows[i] for i in indices]
         latents = torch.stack([self.shards[s].latents[i] for s, i in rows])
         lengths = [int(self.shards[s].mask[i].sum()) for s, i in rows]
         longest = max(lengths)
-        first = self.shards[0].embeds
-        embeds = first.new_zeros(len(rows), longest, first.shape[-1])
+        example = self.shards[0].embeds
+        embeds = example.new_zeros(len(rows), longest, example.shape[-1])
         for row, ((s, i), length) in enumerate(zip(rows, lengths, strict=True)):
             embeds[row, :length] = self.shards[s].embeds[i, :length]
         mask = None
@@ -169,7 +178,7 @@ class Latents:
         pools = [(self.shards[s].pooled, i) for s, i in rows]
         pooled = [pool[i] for pool, i in pools if pool is not None]
         return LatentBatch(
-            pack(latents), embeds, mask, self.grid, step, share,
+            pack(latents), embeds, mask, self.grid, step, first, whole,
             torch.stack(pooled) if pooled else None,
         )  # fmt: skip
 
@@ -184,19 +193,19 @@ class Latents:
         """Training batches for ever, from step `start_step` on.
 
         Epochs are shuffled apart and follow one another without a seam. `batch_size` is the whole
-        step's; rank `rank` of `world` gets its equal slice. Raises DataError when `world` does not
-        divide it.
+        step's; rank `rank` of `world` gets its slice, of which none is larger than another by more
+        than one picture. Raises DataError when there are fewer pictures than ranks.
         """
-        if batch_size % world:
+        if batch_size < world:
             raise DataError(
-                f"batch_size: {batch_size} pictures cannot be shared equally by {world} workers; "
-                f"make it a multiple of {world}"
+                f"batch_size: {batch_size} pictures cannot be shared by {world} workers; make it "
+                f"at least {world}"
             )
-        share = batch_size // world
+        first, last = shares(batch_size, world)[rank]
         orders: dict[int, list[int]] = {}
         step = start_step
         while True:
-            places = range(step * batch_size + rank * share, step * batch_size + (rank + 1) * share)
+            places = range(step * batch_size + first, step * batch_size + last)
             count = len(self.training)
             epochs = {place // count for place in places}
             orders = {
@@ -204,7 +213,7 @@ class Latents:
                 for epoch in epochs
             }
             indices = [orders[place // count][place % count] for place in places]
-            yield self.batch(indices, step, (rank, world))
+            yield self.batch(indices, step, first, batch_size)
             step += 1
 
     def _order(self, seed: int, epoch: int) -> list[int]:
