@@ -206,7 +206,7 @@ class Grounds:
             "seed": self.seed,
         }
         # What else a step says costs memory or time and changes nothing that is learned.
-        learned = {"optimizer", "average"}
+        learned = {"optimizer", "average", "spike", "rollbacks"}
         said = self.config.step.model_dump(mode="json", include=learned, exclude_defaults=True)
         made_from |= {"step": said} if said else {}
         return f"{finalist.rank}-{candidate.number}-{digest_json(made_from)}"

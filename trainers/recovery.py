@@ -8,6 +8,8 @@ depends on the seed, p and s alone.
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -22,13 +24,16 @@ from trainers.data.latents import Latents, shares, training_inputs
 from trainers.distilled import Distilled, Observed, detached, joined
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
 from trainers.optimizer import make_optimizer, moments, rate_at, set_moments, set_rate
-from trainers.schedule import Phase, Schedule
+from trainers.schedule import Phase, Schedule, StepConfig
 from trainers.students.families.base import Inputs, State
 
 Mean = Callable[[Tensor], Tensor]
 """The mean of a tensor over all ranks; every rank calls it equally often."""
 
 _OPTIMIZER = "optimizer/"
+_RECENT = 20
+"""Steps of a phase before it that a loss is held against."""
+
 _STUDENT = "student/"
 _AVERAGE = "average/"
 
@@ -37,8 +42,27 @@ class RecoveryError(EspalierError):
     """A recovery that cannot start or go on."""
 
 
-class NanLossError(RecoveryError):
+class DivergedError(RecoveryError):
+    """A loss from which training had better go back."""
+
+
+class NanLossError(DivergedError):
     """A loss or gradient that is not finite; this run ends, others go on."""
+
+
+class LossSpikeError(DivergedError):
+    """A loss far above those before it."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts, or goes on: what a checkpoint holds."""
+
+    at: Position
+    losses: Sequence[float] = ()
+    """Of all steps so far."""
+    optimizer_tensors: Mapping[str, Tensor] | None = None
+    """What `snapshot` gave, when `at` is inside a phase."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,9 @@ def recover(
     at: Position = Position(),
     *,
     until: int | None = None,
+    past: Sequence[float] = (),
+    rate: float = 1.0,
+    spike: float | None = None,
     optimizer_tensors: Mapping[str, Tensor] | None = None,
     save: Save = lambda at, student, optimizer: None,
     report: Callable[[Position, float], None] = lambda at, loss: None,
@@ -103,6 +130,8 @@ def recover(
 ) -> None:
     """Train the student in place from `at` until so many steps of the schedule are taken, or all.
 
+    The schedule's learning rates are multiplied by `rate`. A loss `spike` times the median of those
+    before it, of which `past` has the ones before `at`, raises LossSpikeError.
     `optimizer_tensors` continues inside a phase: what `snapshot` gave there. `report` gets each
     step's position and loss; `mean` averages over the ranks, when there are several.
     Raises NanLossError, naming phase and step, on every rank alike.
@@ -119,18 +148,48 @@ def recover(
                 raise ValueError(f"{at} is inside a phase: the optimizer's tensors are needed")
             restore_optimizer(student, optimizer, optimizer_tensors)
         source = examples(number, phase, at.step)
+        recent = deque(past[len(past) - min(at.step, len(past)) :], maxlen=_RECENT)
         while at.phase == number and at.done(schedule) < until:
-            set_rate(optimizer, phase.lr * rate_at(at.step, phase.steps, phase.warmup))
+            set_rate(optimizer, rate * phase.lr * rate_at(at.step, phase.steps, phase.warmup))
             loss = train_step(student, teacher, next(source), phase, optimizer, mean)
             if not math.isfinite(loss):
                 raise NanLossError(
                     f"phase {number} ({phase.loss}), step {at.step}: the loss or its gradient is "
                     f"not finite; lower recover.space.phases[{number}].lr"
                 )
+            if spike and len(recent) == _RECENT and loss > spike * statistics.median(recent):
+                raise LossSpikeError(
+                    f"phase {number} ({phase.loss}), step {at.step}: the loss rose to {loss:.3g}, "
+                    f"over {spike:g} times the median of the {_RECENT} steps before it; lower "
+                    f"recover.space.phases[{number}].lr"
+                )
+            recent.append(loss)
             report(at, loss)
             at = at.after(schedule)
             student.follow(at.done(schedule))
             save(at, student, optimizer)
+
+
+def recover_steadily(
+    run: Callable[[Start, float, float | None], None],
+    start: Start,
+    go_back: Callable[[], Start],
+    step: StepConfig,
+    said: Callable[[str], None] = lambda reason: None,
+) -> None:
+    """Calls `run` with where to start, the share of the learning rate, and what a spike is, until
+    it comes through; after each divergence it goes back and on at half the rate, `step.rollbacks`
+    times at most. `said` gets each reason. Raises NanLossError when that did not help."""
+    for rollback in range(step.rollbacks + 1):
+        left = step.rollbacks - rollback
+        try:
+            return run(start, 0.5**rollback, step.spike if left else None)
+        except DivergedError as error:
+            if not left:
+                raise
+            said(str(error))
+        start = go_back()
+    return None
 
 
 def train_step(

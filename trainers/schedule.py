@@ -111,6 +111,14 @@ class StepConfig(Section):
     """Share of itself that a moving average of the student's weights keeps at each step, such as
     0.999, less at first; the average is what is measured and published. None keeps none."""
 
+    spike: Annotated[float, Field(gt=1)] | None = 10.0
+    """A loss so many times the median of the steps before it is a spike, which is answered as one
+    that is not finite. None lets spikes pass."""
+
+    rollbacks: NonNegativeInt = 2
+    """How often a recovery goes back to its latest checkpoint after such a loss, and on at half the
+    rate. Then a loss that is not finite ends it, and spikes pass."""
+
     @field_validator("optimizer")
     @classmethod
     def _there(cls, optimizer: str) -> str:

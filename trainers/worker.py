@@ -8,6 +8,7 @@ whatever its size.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any, cast
@@ -119,14 +120,17 @@ def train_loop(config: dict[str, Any]) -> None:
     from trainers.recovery import (
         NanLossError,
         Position,
+        Start,
         examples_of,
         recover,
+        recover_steadily,
         restore_weights,
         snapshot,
         student_weights,
     )
     from trainers.sharded import load_distilled, load_observed
     from trainers.teacher import open_teacher
+    from trainers.weights import StreamedBlocks, fill_student
 
     job = RecoveryJob.model_validate(config)
 
@@ -148,14 +152,29 @@ def train_loop(config: dict[str, Any]) -> None:
     student = load_distilled(teacher, job.plan, library, device, job.step)
     observed = load_observed(teacher, device, job.shard_teacher, job.step)
 
-    at, losses, before, tensors = Position(), cast("list[float]", []), 0.0, None
-    checkpoint = latest_checkpoint(store, job.checkpoints)
-    if checkpoint is not None:
+    losses: list[float] = []
+    before = 0.0
+
+    def latest() -> Start | None:
+        nonlocal before
+        checkpoint = latest_checkpoint(store, job.checkpoints)
+        if checkpoint is None:
+            return None
         state = cast("dict[str, Any]", checkpoint.state)
-        at, losses, before = Position(*state["at"]), state["losses"], state["seconds"]
-        tensors = checkpoint.tensors
-        restore_weights(student, tensors)
-        checkpoint = None
+        losses[:], before = state["losses"], max(before, state["seconds"])
+        restore_weights(student, checkpoint.tensors)
+        return Start(Position(*state["at"]), tuple(losses), checkpoint.tensors)
+
+    def go_back() -> Start:
+        start = latest()
+        if start is None:
+            losses.clear()
+            student.average = None
+            blocks = StreamedBlocks(teacher.family, teacher.config, teacher.weights())
+            fill_student(student.student, job.plan, blocks, library)
+        return start or Start(Position())
+
+    start = latest() or Start(Position())
     started = time.monotonic()
     total = job.schedule.steps
     every = max(1, job.until // _REPORTS)
@@ -186,20 +205,26 @@ def train_loop(config: dict[str, Any]) -> None:
     def on_all_ranks(found: bool) -> bool:
         return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
 
-    failed = None
-    try:
+    def run(start: Start, rate: float, spike: float | None) -> None:
         recover(
             student,
             observed,
             examples_of(latents, job.seed, rank, world, device, dtype),
             job.schedule,
-            at,
+            start.at,
             until=job.until,
-            optimizer_tensors=tensors,
+            past=start.losses,
+            rate=rate,
+            spike=spike,
+            optimizer_tensors=start.optimizer_tensors,
             save=save,
             report=report,
             mean=_mean_over_ranks,
         )
+
+    failed = None
+    try:
+        recover_steadily(run, start, go_back, job.step, said=logging.getLogger(__name__).warning)
     except NanLossError as error:
         failed = str(error)
     took, fidelity = seconds(), cast("float | None", None)

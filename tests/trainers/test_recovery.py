@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ from trainers.distilled import Distilled, Observed, compile_blocks, detached
 from trainers.losses import span_loss
 from trainers.optimizer import make_optimizer, moments, set_moments, set_rate
 from trainers.recovery import (
+    Example,
     NanLossError,
     Position,
     RecoveryError,
+    Start,
     backward,
     examples_of,
     recover,
+    recover_steadily,
     restore_weights,
     set_trainable,
     snapshot,
@@ -382,6 +387,102 @@ def test_nan_ends_the_run_and_says_where(teacher: nn.Module, latents: Latents) -
     with pytest.raises(NanLossError, match=r"phase 0 \(span\), step 0"):
         run.go()
     assert run.losses == []
+
+
+LONG = Schedule(
+    phases=(Phase(loss="diffusion", train="all", steps=40, lr=1e-3, batch_size=4, warmup=1),)
+)
+
+
+@dataclass
+class Fragile:
+    """A recovery that keeps a checkpoint every ten steps, whose data is bad at one step."""
+
+    teacher: nn.Module
+    latents: Latents
+    factor: float
+    """What the bad pictures are multiplied by."""
+    times: int
+    """How often they come; after that they are mended."""
+    bad: int = 25
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    kept: Start = field(default_factory=lambda: Start(Position()))
+
+    def go(self, step: StepConfig) -> Fragile:
+        self.student = Distilled(FAMILY, assemble(self.teacher, PLAN), PLAN, step)
+        self.first = snapshot(self.student, None)
+        self.first = {name: tensor.clone() for name, tensor in self.first.items()}
+        recover_steadily(self.run, self.kept, self.go_back, step, self.said.append)
+        return self
+
+    def run(self, start: Start, rate: float, spike: float | None) -> None:
+        self.starts.append(start.at.step)
+        self.rates.append(rate)
+        recover(
+            self.student, Observed(FAMILY, self.teacher), self.examples, LONG, start.at,
+            past=start.losses, rate=rate, spike=spike, optimizer_tensors=start.optimizer_tensors,
+            save=self.save, report=lambda _, loss: self.losses.append(loss),
+        )  # fmt: skip
+
+    def examples(self, phase: int, settings: Phase, start: int) -> Iterator[Example]:
+        source = examples_of(self.latents, seed=3)(phase, settings, start)
+        for step, example in enumerate(source, start):
+            if step == self.bad and self.times:
+                self.times -= 1
+                example = replace(example, noise_BNC=example.noise_BNC * self.factor)
+            yield example
+
+    def save(self, at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
+        if at.step and at.step % 10 == 0:
+            held = {k: v.clone() for k, v in snapshot(student, optimizer).items()}
+            self.kept = Start(at, tuple(self.losses), held)
+
+    def go_back(self) -> Start:
+        self.losses[:] = self.kept.losses
+        restore_weights(self.student, self.kept.optimizer_tensors or self.first)
+        return self.kept
+
+
+NAN = float("nan")
+
+
+def test_a_loss_that_is_not_finite_is_gone_back_from(teacher: nn.Module, latents: Latents) -> None:
+    run = Fragile(teacher, latents, factor=NAN, times=1).go(StepConfig())
+    assert (run.starts, run.rates) == ([0, 20], [1.0, 0.5])
+    assert len(run.losses) == LONG.steps
+    assert all(math.isfinite(loss) for loss in run.losses)
+    assert ["step 25" in reason for reason in run.said] == [True]
+
+
+def test_before_the_first_checkpoint_it_goes_back_to_the_start(
+    teacher: nn.Module, latents: Latents
+) -> None:
+    run = Fragile(teacher, latents, factor=NAN, times=1, bad=3).go(StepConfig())
+    assert (run.starts, run.rates) == ([0, 0], [1.0, 0.5])
+    assert len(run.losses) == LONG.steps
+
+
+def test_going_back_is_bounded(teacher: nn.Module, latents: Latents) -> None:
+    run = Fragile(teacher, latents, factor=NAN, times=99)
+    with pytest.raises(NanLossError, match="step 25"):
+        run.go(StepConfig(rollbacks=2))
+    assert run.starts == [0, 20, 20]
+
+
+def test_a_spike_is_gone_back_from_and_passes_in_the_end(
+    teacher: nn.Module, latents: Latents
+) -> None:
+    calm = Fragile(teacher, latents, factor=1e3, times=0).go(StepConfig(spike=3))
+    assert calm.starts == [0]
+    run = Fragile(teacher, latents, factor=1e3, times=1).go(StepConfig(spike=3))
+    assert (run.starts, run.rates) == ([0, 20], [1.0, 0.5])
+    assert "over 3 times the median" in run.said[0]
+    stubborn = Fragile(teacher, latents, factor=1e3, times=99).go(StepConfig(spike=3, rollbacks=1))
+    assert stubborn.starts == [0, 20]
+    assert len(stubborn.losses) == LONG.steps
 
 
 def test_ranks_share_a_batch(teacher: nn.Module, latents: Latents) -> None:
