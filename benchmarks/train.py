@@ -54,8 +54,8 @@ Row = dict[str, Any]
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--only", choices=["memory", "ray", "gpu"])
-    arguments.add_argument("--steps", type=int, default=60, help="timed steps under Ray Train")
-    arguments.add_argument("--repeats", type=int, default=3, help="pairs of runs")
+    arguments.add_argument("--steps", type=int, default=100, help="timed steps under Ray Train")
+    arguments.add_argument("--repeats", type=int, default=5, help="pairs of runs")
     arguments.add_argument("--bare", type=Path, help="run one torchrun worker, write times here")
     options = arguments.parse_args()
     if options.bare:
@@ -90,25 +90,27 @@ def memory_rows(config: Config, depths: Sequence[int], side: int = 16) -> Iterat
 
 
 def ray_rows(steps: int, repeats: int) -> Iterator[Row]:
-    """The same loop bare and under Ray Train, by turns; medians over all warm steps."""
+    """The same loop bare and under Ray Train, by turns: a run's rate is over all its warm steps,
+    reports among them; medians of the runs, and of the pairs' ratios."""
     import ray
 
     ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
-    times: dict[str, list[float]] = {"torchrun": [], "ray": []}
+    rates: dict[str, list[float]] = {"torchrun": [], "ray": []}
     try:
         for _ in range(repeats):
-            times["torchrun"] += under_torchrun(steps)
-            times["ray"] += under_ray(steps)
+            rates["torchrun"].append(1 / statistics.mean(under_torchrun(steps)))
+            rates["ray"].append(1 / statistics.mean(under_ray(steps)))
     finally:
         ray.shutdown()
-    median = {way: statistics.median(seconds) for way, seconds in times.items()}
+    ratios = [ray / bare for bare, ray in zip(rates["torchrun"], rates["ray"], strict=True)]
     yield {
         "part": "ray",
         "workers": WORKERS,
-        "steps": len(times["ray"]),
-        "torchrun_steps_per_s": round(1 / median["torchrun"], 2),
-        "ray_steps_per_s": round(1 / median["ray"], 2),
-        "ratio": round(median["torchrun"] / median["ray"], 3),
+        "steps": steps,
+        "torchrun_steps_per_s": round(statistics.median(rates["torchrun"]), 2),
+        "ray_steps_per_s": round(statistics.median(rates["ray"]), 2),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio": round(statistics.median(ratios), 3),
     }
 
 
@@ -158,7 +160,7 @@ def ray_worker(config: dict[str, Any]) -> None:
 def timed_loop(steps: int, report: Callable[[dict[str, Any]], None]) -> list[float]:
     """Seconds of each warm step of a sharded whole-model phase; reports as often as a recovery."""
     torch.set_num_threads(1)
-    phase = phases(batch=8 * WORKERS)[1]
+    phase = phases(batch=4 * WORKERS)[1]
     plan = halved(12)
     student, teacher = built(SMALL, plan, PLAIN)
     shard(student, torch.device("cpu"), torch.float32)
