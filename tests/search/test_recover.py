@@ -75,6 +75,7 @@ def test_a_recovery_on_ray_train_outlives_a_killed_worker(
     config = RecoverConfig(
         finalists=2,
         schedules=1,
+        workers=(1, 2),  # with as many as are left when one is killed
         keep=1,
         checkpoint_every=10,
         space=ScheduleSpace(
