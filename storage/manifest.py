@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Annotated, Protocol, TypeAlias, TypeVar
 
 from pydantic import Field, JsonValue, NonNegativeInt, ValidationError, field_validator
 
@@ -24,6 +24,10 @@ from storage.section import Section
 from storage.store import Store, check_key
 
 MANIFEST = "manifest.json"
+PIECE = 4 * 2**20
+"""Bytes that are verified together in a file that is read by range."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,8 +45,49 @@ class FileEntry(Section):
 
     size: NonNegativeInt
     """Bytes."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Digest of the whole content."""
+    sha256: Sha256
+    """Digest of the whole content; of a file in pieces, of its pieces' digests put together."""
+    pieces: tuple[Sha256, ...] = Field(default=(), exclude_if=lambda pieces: not pieces)
+    """Digests of each PIECE bytes, for a file that is read by range; empty for any other."""
+
+    def hasher(self) -> Hasher:
+        """What makes `sha256` of the content."""
+        return PieceHasher() if self.pieces else hashlib.sha256()
+
+
+class Hasher(Protocol):
+    """Takes content bit by bit."""
+
+    def update(self, content: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class PieceHasher:
+    """Digests of the pieces of a content, and one of them all."""
+
+    def __init__(self) -> None:
+        self._done: list[bytes] = []
+        self._current, self._room = hashlib.sha256(), PIECE
+
+    def update(self, content: bytes) -> None:
+        view = memoryview(content)
+        while view:
+            part, view = view[: self._room], view[self._room :]
+            self._current.update(part)
+            self._room -= len(part)
+            if self._room == 0:
+                self._done.append(self._current.digest())
+                self._current, self._room = hashlib.sha256(), PIECE
+
+    def pieces(self) -> tuple[str, ...]:
+        return tuple(digest.hex() for digest in self._digests())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(self._digests())).hexdigest()
+
+    def _digests(self) -> list[bytes]:
+        return [*self._done, self._current.digest()] if self._room < PIECE else self._done
 
 
 class Manifest(Section):
@@ -81,7 +126,20 @@ def publish(
     written = _in_parallel(partial(_write, store, prefix), files.items())
     for name in stale:
         store.remove(f"{prefix}/{name}")
-    manifest = Manifest(files=dict(zip(files, written, strict=True)), meta=dict(meta or {}))
+    return commit(store, prefix, dict(zip(files, written, strict=True)), meta)
+
+
+def commit(
+    store: Store,
+    prefix: str,
+    files: Mapping[str, FileEntry],
+    meta: Mapping[str, JsonValue] | None = None,
+) -> Manifest:
+    """Publish files that are already written, by writing their manifest.
+
+    In one step: until it is done, whatever was published there before still is.
+    """
+    manifest = Manifest(files=dict(files), meta=dict(meta or {}))
     store.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
     return manifest
 
@@ -129,8 +187,24 @@ def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None =
             content = stream.read()
     except MissingKey:
         raise _gone(store, prefix, name) from None
-    _verify(store, prefix, name, entry, len(content), hashlib.sha256(content).hexdigest())
+    digest = entry.hasher()
+    digest.update(content)
+    _verify(store, prefix, name, entry, len(content), digest.hexdigest())
     return content
+
+
+def read_pieces(
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
+) -> bytes:
+    """`count` pieces of a published file in pieces, from number `first` on, verified.
+
+    Raises `DamagedError` naming the file.
+    """
+    try:
+        return _read_pieces(store, prefix, name, entry, first, count)
+    except DamagedError:
+        # Once more, since it may be the network's doing.
+        return _read_pieces(store, prefix, name, entry, first, count)
 
 
 def read_json(store: Store, prefix: str, name: str, manifest: Manifest | None = None) -> JsonValue:
@@ -154,7 +228,7 @@ def verify(store: Store, prefix: str) -> Manifest:
 
     def check(item: tuple[str, FileEntry]) -> None:
         name, entry = item
-        digest, size = hashlib.sha256(), 0
+        digest, size = entry.hasher(), 0
         try:
             with store.read(f"{prefix}/{name}") as source:
                 while chunk := source.read(1 << 20):
@@ -176,6 +250,31 @@ def withdraw(store: Store, prefix: str) -> None:
         store.remove(key)
     for key in set(keys) - set(manifests):
         store.remove(key)
+
+
+def _read_pieces(
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
+) -> bytes:
+    start, end = first * PIECE, min((first + count) * PIECE, entry.size)
+    try:
+        content = store.ranged(f"{prefix}/{name}", start, end)
+    except MissingKey:
+        raise _gone(store, prefix, name) from None
+    where = _where(store, f"{prefix}/{name}")
+    if len(content) < end - start:
+        raise DamagedError(
+            f"{where}: ends at {start + len(content)} bytes, but {entry.size} were published; "
+            f"{_remedy(prefix)}"
+        )
+    view = memoryview(content)
+    for number in range(first, first + count):
+        at = (number - first) * PIECE
+        if hashlib.sha256(view[at : at + PIECE]).hexdigest() != entry.pieces[number]:
+            raise DamagedError(
+                f"{where}: its bytes from {number * PIECE} on are not what was published (another "
+                f"digest); {_remedy(prefix)}"
+            )
+    return content
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -200,12 +299,12 @@ def _write(store: Store, prefix: str, item: tuple[str, Body]) -> FileEntry:
 def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEntry]) -> None:
     name, entry = item
     target = folder / name
-    if target.is_file() and sha256_file(target) == entry.sha256:
+    if target.is_file() and _digest_of(target, entry) == entry.sha256:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     path = Path(temporary)
-    digest, size = hashlib.sha256(), 0
+    digest, size = entry.hasher(), 0
     try:
         with os.fdopen(handle, "wb") as stream, store.read(f"{prefix}/{name}") as source:
             while chunk := source.read(1 << 20):
@@ -220,6 +319,14 @@ def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEn
         raise _gone(store, prefix, name) from None
     finally:
         path.unlink(missing_ok=True)
+
+
+def _digest_of(path: Path, entry: FileEntry) -> str:
+    digest = entry.hasher()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _verify(store: Store, prefix: str, name: str, entry: FileEntry, size: int, sha256: str) -> None:

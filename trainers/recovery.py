@@ -14,9 +14,11 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from storage.errors import EspalierError
+from storage.shards import dtypes
+from storage.stored import StoredTensors
 from trainers.data.latents import Latents, training_inputs
 from trainers.distilled import Distilled, Observed
 from trainers.losses import diffusion_loss, span_loss, velocity_loss
@@ -93,7 +95,7 @@ def recover(
 ) -> None:
     """Train the student in place from `at` until so many steps of the schedule are taken, or all.
 
-    `optimizer_tensors` continues inside a phase: what `snapshot` gave there. `report` gets each
+    `optimizer_tensors` continues inside a phase: what `held_tensors` gave there. `report` gets each
     step's position and loss; `mean` averages a scalar over the ranks, when there are several.
     Raises NanLossError, naming phase and step, on every rank alike.
     """
@@ -196,44 +198,34 @@ def examples_of(
     return examples
 
 
-def snapshot(
-    student: Distilled, optimizer: torch.optim.Optimizer | None, keep: bool = True
-) -> dict[str, Tensor]:
-    """All weights, and the optimizer's moments, by name, whole and on the CPU.
-
-    Sharded ones are gathered one at a time: every rank must call this, and those without `keep`
-    get an empty dict and hold nothing. Without shards the tensors are the live ones, not copies.
-    """
-    kept: dict[str, Tensor] = {}
+def held_tensors(student: Distilled, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """All weights, and the optimizer's moments, by name: the live ones, sharded where they are."""
+    held: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
-        states = {f"{_STUDENT}{name}": parameter.detach()}
+        held[f"{_STUDENT}{name}"] = parameter.detach()
         if optimizer is not None:
             for key, value in optimizer.state.get(parameter, {}).items():
-                states[f"{_OPTIMIZER}{key}/{name}"] = value
-        for key, value in states.items():
-            whole = full(value)
-            if keep:
-                kept[key] = whole.cpu()
-    return kept
+                held[f"{_OPTIMIZER}{key}/{name}"] = value
+    return held
 
 
 def student_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in a snapshot, named as in the student model itself."""
+    """The weights among held tensors, named as in the student model itself."""
     prefix = f"{_STUDENT}student."
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
 def restore_weights(student: Distilled, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a snapshot's weights into the student, sharded or not."""
+    """Puts held weights into the student."""
     for name, parameter in student.named_parameters():
-        parameter.copy_(_like(tensors[f"{_STUDENT}{name}"], parameter))
+        parameter.copy_(tensors[f"{_STUDENT}{name}"])
 
 
 def restore_optimizer(
     student: Distilled, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts a snapshot's moments into an optimizer that has not stepped yet."""
+    """Puts held moments into an optimizer that has not stepped yet."""
     names = {parameter: name for name, parameter in student.named_parameters()}
     kinds = sorted({key.split("/")[1] for key in tensors if key.startswith(_OPTIMIZER)})
     for group in optimizer.param_groups:
@@ -241,24 +233,30 @@ def restore_optimizer(
             for kind in kinds:
                 value = tensors.get(f"{_OPTIMIZER}{kind}/{names[parameter]}")
                 if value is not None:  # a parameter that never had a gradient has no moments
-                    sharded = _like(value, parameter) if value.dim() else value
-                    optimizer.state[parameter][kind] = sharded.clone()
+                    optimizer.state[parameter][kind] = value.clone()
+
+
+def read_held(student: Distilled, stored: StoredTensors) -> dict[str, Tensor]:
+    """Reads stored weights into the student, and returns the optimizer's moments, sharded as the
+    parameters are. DamagedError names a file that is not whole."""
+    parameters = dict(student.named_parameters())
+    moments: dict[str, Tensor] = {}
+    for key, entry in stored.index.items():
+        if key.startswith(_OPTIMIZER):
+            parameter = parameters[key.split("/", 2)[2]].detach()
+            like = entry.shape == tuple(parameter.shape) and parameter.dim() > 0
+            moments[key] = (
+                torch.empty_like(parameter)
+                if like
+                else torch.empty(entry.shape, dtype=dtypes()[entry.dtype], device=parameter.device)
+            )
+    stored.fill({**held_tensors(student, None), **moments})
+    return moments
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, placed as the parameter is."""
-    whole = whole.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        # Every rank has read the whole, so nothing is sent: each cuts out its own part.
-        return distribute_tensor(
-            whole, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    return whole
 
 
 def _span_loss(student: Distilled, teacher: Observed, inputs: Inputs, phase: Phase) -> Tensor:

@@ -16,11 +16,11 @@ from trainers.recovery import (
     Position,
     RecoveryError,
     examples_of,
+    held_tensors,
     phase_loss,
     recover,
     restore_weights,
     set_trainable,
-    snapshot,
     student_weights,
 )
 from trainers.schedule import Phase, Schedule
@@ -109,12 +109,12 @@ class Run:
 
     def _save(self, at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         if at == self.keep:
-            held = snapshot(student, optimizer if at.step else None)
+            held = held_tensors(student, optimizer if at.step else None)
             self.kept = {name: tensor.clone() for name, tensor in held.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return student_weights(snapshot(self.student, None))
+        return student_weights(held_tensors(self.student, None))
 
 
 def test_a_position_walks_through_all_phases() -> None:
