@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow miniature bench bench-search study clean
+.PHONY: help install demo check test test-slow miniature bench bench-search bench-checkpoint study clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ bench-search: install ## what a search costs, against TPE and ASHA with a studen
 	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.search examples/miniature.yaml --trials 2000
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival.run examples/miniature.yaml --out build/rival
+
+bench-checkpoint: install ## checkpoints against raw transfers, on an S3 server that it starts
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoint
 
 study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study
