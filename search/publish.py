@@ -1,7 +1,7 @@
 """Publishes a budget's student: which finalist it is, the model folder with its card, the registry.
 
-`best/<budget>` always holds the registry's best of that budget. A sweep whose student is not the
-best keeps it in its own folder.
+The model comes first, under a name that no other has, then its entry: a publication that is cut off
+is no entry, and two at once do not meet.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pydantic import JsonValue
 from search.card import CardFacts, write_card
 from search.report.data import Scores
 from storage import layout
+from storage.digest import digest_json
 from storage.manifest import publish, published
-from storage.registry import Entry, add, best, entries
+from storage.registry import Entry, add, entries
 from storage.store import Store
 from trainers.export import export_student
 from trainers.measure import Cost
@@ -67,38 +68,42 @@ def choose(finalists: Sequence[Finalist], judged: bool = True) -> Finalist:
     return min(finalists, key=rank)
 
 
-def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> str:
-    """Enters the finalist in the registry, once; returns the prefix for its model folder."""
+def model_prefix(teacher: Teacher, finalist: Finalist) -> str:
+    """Where the finalist's model goes: by its plan, and by the recovery that it came from."""
+    made_from = digest_json([teacher.digest, finalist.prefix, finalist.loss_after])
+    return layout.model(finalist.budget, f"{finalist.plan.digest}-{made_from[:8]}")
+
+
+def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> None:
+    """Enters the finalist, whose model is published, in the registry, once."""
     entry = Entry(
         budget=finalist.budget,
         plan_digest=finalist.plan.digest,
         teacher=teacher.digest,
         sweep=sweep,
         prefix=finalist.prefix,
+        model=model_prefix(teacher, finalist),
         parameters=finalist.parameters,
         fidelity_loss=finalist.loss_after,
         judge_score=finalist.judge_score,
     )
     if not any(_same(entry, known) for known in entries(store, finalist.budget)):
         add(store, entry)
-    leader = best(store, finalist.budget, teacher.digest)
-    if leader is not None and _same(entry, leader):
-        return layout.best(finalist.budget)
-    return f"{layout.sweep(sweep)}/students/{finalist.budget}"
 
 
 def write_model(
     store: Store,
-    prefix: str,
     teacher: Teacher,
     finalist: Finalist,
     facts: CardFacts,
     resolution: int,
-) -> None:
+) -> str:
     """Publishes the student as a diffusers folder with its plan and card; once, it stays as it is.
 
-    `resolution`: pixels a side of the pictures it learned from. The card's own address is set here.
+    Returns its prefix. `resolution`: pixels a side of the pictures it learned from. The card's own
+    address is set here.
     """
+    prefix = model_prefix(teacher, finalist)
     meta: dict[str, JsonValue] = {
         "teacher": teacher.digest,
         "plan": finalist.plan.digest,
@@ -111,7 +116,7 @@ def write_model(
         meta |= {"latency_us": finalist.cost.latency, "memory_bytes": finalist.cost.memory}
     there = published(store, prefix)
     if there is not None and there.meta == meta:
-        return
+        return prefix
     model, plan = load_student(store, finalist.prefix, teacher)
     with tempfile.TemporaryDirectory(prefix="espalier-export-") as scratch:
         folder = Path(scratch) / "model"
@@ -126,6 +131,7 @@ def write_model(
             if file.is_file()
         }
         publish(store, prefix, files, meta)
+    return prefix
 
 
 def _same(entry: Entry, other: Entry) -> bool:

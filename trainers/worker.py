@@ -36,7 +36,6 @@ LOSSES = "losses.json"
 PLAN = "plan.json"
 
 _REPORTS = 20
-_KEPT_CHECKPOINTS = 2
 SMALLEST_UNIT = 2**22
 """Parameters from which a block is sharded on its own."""
 
@@ -75,6 +74,8 @@ class RecoveryJob(Section):
     """Prefix of the student that the whole schedule ends with."""
     checkpoint_every: PositiveInt
     """Optimizer steps between checkpoints."""
+    keep_checkpoints: PositiveInt
+    """How many of them stay."""
     timeout: PositiveFloat
     """Seconds after which a worker that takes no step ends itself."""
     shard_teacher: bool
@@ -169,7 +170,7 @@ def train_loop(config: dict[str, Any]) -> None:
         at, losses, before = Position(*state["at"]), state["losses"], state["seconds"]
     token = _token()
     saver = Saver(
-        store, job.checkpoints, rank=rank, world=world, token=token, keep=_KEPT_CHECKPOINTS
+        store, job.checkpoints, rank=rank, world=world, token=token, keep=job.keep_checkpoints
     )
     started = time.monotonic()
     total = job.schedule.steps

@@ -99,8 +99,10 @@ def plan(
       espalier plan examples/ppcl-10b.yaml --teacher Qwen/Qwen-Image
     """
     with endings():
+        from storage.registry import located
         from trainers.students.plan import load_plan
 
+        path = Path(located(str(path)))
         student = load_plan(path / "plan.json" if path.is_dir() else path)
         described = describe(student, sizes_of(student, path, teacher))
         if as_json:
