@@ -78,8 +78,8 @@ class SweepConfig(Section):
     """Which trackers are told what the stages found: TensorBoard, MLflow."""
 
     keep_models: PositiveInt | None = None
-    """Published models of each budget that stay, the best ones; others are removed once a better one
-    is published. null keeps all."""
+    """Published models of each budget that stay, the best ones; others go once a better one is
+    published. null keeps all."""
 
     @model_validator(mode="after")
     def _budgets_differ(self) -> Self:
