@@ -22,12 +22,12 @@ from storage.digest import digest_json
 from storage.manifest import publish, published
 from storage.registry import Entry, add, entries
 from storage.store import Store
-from trainers.export import export_student
+from trainers.export import pipeline_files
 from trainers.measure import Cost
 from trainers.schedule import Schedule
 from trainers.students.plan import Plan
 from trainers.teacher import Teacher
-from trainers.worker import load_student
+from trainers.worker import open_student
 
 MADE_FOR = "espalier.json"
 """Beside model_index.json: what the model was made for and from; see cluster/cli/models.py."""
@@ -117,19 +117,13 @@ def write_model(
     there = published(store, prefix)
     if there is not None and there.meta == meta:
         return prefix
-    model, plan = load_student(store, finalist.prefix, teacher)
-    with tempfile.TemporaryDirectory(prefix="espalier-export-") as scratch:
-        folder = Path(scratch) / "model"
-        export_student(teacher, model, plan, folder)
+    stored, plan = open_student(store, finalist.prefix)
+    files = pipeline_files(teacher, plan, stored.like(), stored.read)
+    files[MADE_FOR] = f"{json.dumps({'resolution': resolution, **meta}, indent=1)}\n".encode()
+    with tempfile.TemporaryDirectory(prefix="espalier-card-") as scratch:
         student = dataclasses.replace(facts.student, url=f"{store.url}/{prefix}")
-        write_card(dataclasses.replace(facts, student=student), folder)
-        made_for = {"resolution": resolution, **meta}
-        (folder / MADE_FOR).write_text(json.dumps(made_for, indent=1) + "\n", encoding="utf-8")
-        files = {
-            file.relative_to(folder).as_posix(): file
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
+        write_card(dataclasses.replace(facts, student=student), Path(scratch))
+        files |= {file.name: file for file in sorted(Path(scratch).iterdir())}
         publish(store, prefix, files, meta)
     return prefix
 

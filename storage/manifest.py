@@ -7,6 +7,7 @@ they read, `verify` everything.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol, TypeAlias, TypeVar
+from typing import Annotated, BinaryIO, Generic, Protocol, TypeAlias, TypeVar, cast
 
 from pydantic import Field, JsonValue, NonNegativeInt, ValidationError, field_validator
 
@@ -32,9 +33,9 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Body: TypeAlias = Path | bytes | Callable[[], bytes]
+Body: TypeAlias = Path | bytes | Callable[[], bytes | BinaryIO]
 """A file's content. A callable is called when its turn comes, so that a large whole never stands
-in memory at once."""
+in memory at once; a stream that it returns is read to its end and closed."""
 
 # Files under way at once, up or down: enough to hide the latency of an object store.
 _PARALLEL = 4
@@ -88,6 +89,26 @@ class PieceHasher:
 
     def _digests(self) -> list[bytes]:
         return [*self._done, self._current.digest()] if self._room < PIECE else self._done
+
+
+AnyHasher = TypeVar("AnyHasher", bound=Hasher)
+
+
+class Hashed(io.RawIOBase, Generic[AnyHasher]):
+    """A stream that is hashed as it passes."""
+
+    def __init__(self, stream: BinaryIO, hasher: AnyHasher) -> None:
+        self._stream = stream
+        self.hasher, self.size = hasher, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        self.hasher.update(content)
+        self.size += len(content)
+        return content
 
 
 class Manifest(Section):
@@ -292,6 +313,11 @@ def _write(store: Store, prefix: str, item: tuple[str, Body]) -> FileEntry:
             store.write(key, stream)
         return entry
     content = body if isinstance(body, bytes) else body()
+    if not isinstance(content, bytes):
+        with content:
+            hashed = Hashed(content, hashlib.sha256())
+            store.write(key, cast("BinaryIO", hashed))
+        return FileEntry(size=hashed.size, sha256=hashed.hasher.hexdigest())
     store.write(key, content)
     return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 

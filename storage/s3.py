@@ -2,7 +2,8 @@
 
 An object appears when its upload completes. Every request is tried again by itself, a part of a
 large body like any other. A killed upload leaves unlisted parts in the bucket, which cost money
-until somebody ends it: `unfinished` finds them.
+until somebody ends it: `unfinished` finds them, for a saver that starts again and for
+`espalier gc`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
 
 from aiohttp import ClientError as ConnectionBroken
@@ -89,6 +91,14 @@ def open_s3(url: str, options: StoreOptions) -> S3Store:
     store = S3Store(files, parts.netloc, prefix)
     store.probe()
     return store
+
+
+class Part(NamedTuple):
+    """A part of an upload that has arrived."""
+
+    number: int
+    tag: str
+    size: int
 
 
 class S3Store:
@@ -195,16 +205,17 @@ class S3Store:
             self._call("delete_object", Key=name)
 
     def _write_parts(self, name: str, first: bytes, stream: BinaryIO) -> None:
+        begun = time.monotonic()
         upload = self._call("create_multipart_upload", Key=name)["UploadId"]
 
-        def send(number: int, chunk: bytes) -> dict[str, Any]:
+        def send(number: int, chunk: bytes) -> Part:
             answer = self._call(
                 "upload_part", Key=name, UploadId=upload, PartNumber=number, Body=chunk
             )
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+            return Part(number, answer["ETag"], len(chunk))
 
-        parts: list[dict[str, Any]] = []
-        under_way: deque[Future[dict[str, Any]]] = deque()
+        parts: list[Part] = []
+        under_way: deque[Future[Part]] = deque()
         chunk, number = first, 1
         try:
             with ThreadPoolExecutor(_IN_FLIGHT) as pool:
@@ -220,30 +231,35 @@ class S3Store:
                     parts += [part.result() for part in under_way]
                 finally:
                     pool.shutdown(cancel_futures=True)
-            self._complete(name, upload, parts)
+            self._complete(name, upload, parts, begun)
         except BaseException:
             with suppress(OSError, BotoCoreError):  # the first failure is the one to tell
                 self._call("abort_multipart_upload", Key=name, UploadId=upload)
             raise
 
-    def _complete(self, name: str, upload: str, parts: list[dict[str, Any]]) -> None:
+    def _complete(self, name: str, upload: str, parts: list[Part], begun: float) -> None:
         try:
             self._call(
                 "complete_multipart_upload",
                 Key=name,
                 UploadId=upload,
-                MultipartUpload={"Parts": parts},
+                MultipartUpload={
+                    "Parts": [{"PartNumber": part.number, "ETag": part.tag} for part in parts]
+                },
             )
         except OSError as error:
             # The answer to an attempt that succeeded was lost; the next one finds no upload.
-            if _code(error) != "NoSuchUpload" or not self._holds_parts(name, len(parts)):
+            size, seconds = sum(part.size for part in parts), time.monotonic() - begun
+            if _code(error) != "NoSuchUpload" or not self._is_there(name, size, seconds):
                 raise
 
-    def _holds_parts(self, name: str, count: int) -> bool:
-        """Whether the object there was put together from so many parts."""
+    def _is_there(self, name: str, size: int, seconds: float) -> bool:
+        """Whether an object of that size was written in the last seconds."""
         with suppress(FileNotFoundError):
-            tag = str(self._call("head_object", Key=name)["ETag"])
-            return tag.strip('"').endswith(f"-{count}")
+            answer = self._call("head_object", Key=name)
+            # Its time is given in whole seconds.
+            young = _age(answer, answer["LastModified"]) <= seconds + 1
+            return young and int(answer["ContentLength"]) == size
         return False
 
     def _pages(

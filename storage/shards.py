@@ -15,14 +15,14 @@ import io
 import json
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pydantic import JsonValue, NonNegativeInt, TypeAdapter
 
 from storage.errors import StoreError
-from storage.manifest import MANIFEST, FileEntry, Manifest, PieceHasher, commit
+from storage.manifest import MANIFEST, FileEntry, Hashed, Manifest, PieceHasher, commit
 from storage.section import Section
 from storage.store import Store
 
@@ -106,13 +106,21 @@ def part_of(tensor: Tensor, rank: int = 0) -> Part:
 class TensorFile(io.RawIOBase):
     """A safetensors file of live tensors, of which only the bit being read is copied."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
-        """`dtype` is what floating-point tensors are cast to."""
-        self._dtype = dtype
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        read: Callable[[str], Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """`dtype` is what floating-point tensors are cast to. `read` brings a tensor when its turn
+        comes; those in `tensors` then only say what it is like, and may be on the meta device."""
+        self._dtype, self._read = dtype, read
         # The widest elements first, so that all of them are aligned.
         names = sorted(tensors, key=lambda name: (-self._stored(tensors[name]).itemsize, name))
         self._tensors = {name: tensors[name] for name in names}
-        described: dict[str, JsonValue] = {}
+        described: dict[str, JsonValue] = {"__metadata__": dict(metadata)} if metadata else {}
         self.begins: dict[str, int] = {}
         end = 0
         for name, tensor in self._tensors.items():
@@ -137,8 +145,8 @@ class TensorFile(io.RawIOBase):
         import torch
 
         yield memoryview(self._header)
-        for tensor in self._tensors.values():
-            stored = self._stored(tensor)
+        for name, like in self._tensors.items():
+            tensor, stored = self._read(name) if self._read else like, self._stored(like)
             flat, step = tensor.detach().reshape(-1), _BIT // stored.itemsize
             for start in range(0, len(flat), step):
                 bit = flat[start : start + step].to("cpu", stored)
@@ -198,7 +206,7 @@ def write_share(
     """Write this rank's file, then what is in it. `token` is one word of all ranks for this write,
     so that nothing left of an earlier one is taken for a part of it."""
     name = f"{token}-rank-{rank:05d}"
-    hashed = _Hashed(stream)
+    hashed = Hashed(stream, PieceHasher())
     store.write(f"{prefix}/{name}.safetensors", cast("BinaryIO", hashed))
     pieces = hashed.hasher.pieces()
     share = Share(
@@ -283,23 +291,6 @@ def dtypes() -> dict[str, torch.dtype]:
         "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
         "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     }  # fmt: skip
-
-
-class _Hashed(io.RawIOBase):
-    """A stream whose pieces are hashed as they pass."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.hasher, self.size = PieceHasher(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        content = self._stream.read(size)
-        self.hasher.update(content)
-        self.size += len(content)
-        return content
 
 
 def _await_shares(store: Store, prefix: str, token: str, world: int) -> list[str]:

@@ -94,6 +94,16 @@ class StoredTensors:
         for target, work in casts:
             target.copy_(work)
 
+    def like(self) -> dict[str, Tensor]:
+        """What each tensor is like, on the meta device."""
+        import torch
+
+        known = dtypes()
+        return {
+            name: torch.empty(entry.shape, dtype=known[entry.dtype], device="meta")
+            for name, entry in self.index.items()
+        }
+
     def read(self, name: str) -> Tensor:
         """One whole tensor, on the CPU."""
         import torch

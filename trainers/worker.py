@@ -318,15 +318,9 @@ def load_student(
     """
     import torch
 
-    from storage.shards import dtypes
-
     stored, plan = open_student(store, prefix)
-    known = dtypes()
     model = teacher.family.build(teacher.config, plan, "meta")
-    weights = {
-        name: torch.empty(entry.shape, dtype=known[entry.dtype], device=device)
-        for name, entry in stored.index.items()
-    }
+    weights = {name: torch.empty_like(t, device=device) for name, t in stored.like().items()}
     stored.fill(weights)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval(), plan

@@ -84,16 +84,14 @@ def verify(budget: Label, storage: Storage = "runs") -> None:
     """
     with endings():
         from storage.manifest import fetch
-        from storage.manifest import verify as verify_files
 
         store = _open(storage)
         prefix = _best_model(store, budget)
-        manifest = verify_files(store, prefix)
         quieten_libraries()
         from trainers.export import load_pipeline
 
         with tempfile.TemporaryDirectory(prefix="espalier-verify-") as scratch:
-            fetch(store, prefix, Path(scratch), manifest)
+            manifest = fetch(store, prefix, Path(scratch))
             pipeline: Any = load_pipeline(Path(scratch))
             parameters = sum(p.numel() for p in pipeline.transformer.parameters())
         size = sum(entry.size for entry in manifest.files.values())
