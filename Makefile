@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow miniature bench bench-search bench-checkpoint study clean
+.PHONY: help install demo check test test-slow test-faults miniature bench bench-search bench-checkpoint study clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,10 +27,13 @@ check: install ## style, types, import directions
 	$(BIN)/mypy
 
 test: install ## the default suite
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not faults'
 
 test-slow: install ## the default suite and the long tests (kills in every stage)
 	$(BIN)/python -m pytest
+
+test-faults: install ## break stores and processes in every known way, and print what was lost
+	$(BIN)/python -m pytest -m faults tests
 
 bench: install ## the figures of benchmarks/README.md (after make demo)
 	$(BIN)/python -m benchmarks.library examples/miniature.yaml

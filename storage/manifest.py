@@ -118,6 +118,8 @@ class Manifest(Section):
     """By name, relative to the prefix."""
     meta: dict[str, JsonValue] = Field(default_factory=dict)
     """Small facts about the whole, such as a loss or what it was made from."""
+    digest: Sha256 | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    """Of the manifest itself without this; those of the first version have none."""
 
     @field_validator("files")
     @classmethod
@@ -161,25 +163,14 @@ def commit(
     In one step: until it is done, whatever was published there before still is.
     """
     manifest = Manifest(files=dict(files), meta=dict(meta or {}))
-    store.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    sealed = manifest.model_copy(update={"digest": _digest(manifest)})
+    store.write(f"{prefix}/{MANIFEST}", sealed.model_dump_json(indent=1).encode())
     return manifest
 
 
 def published(store: Store, prefix: str) -> Manifest | None:
     """The manifest, or None: the one test of completeness; load, resume, retention ask here."""
-    key = f"{prefix}/{MANIFEST}"
-    try:
-        with store.read(key) as stream:
-            text = stream.read()
-    except MissingKey:
-        return None
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DamagedError(
-            f"{_where(store, key)}: not a manifest ({reason}); {_remedy(prefix)}"
-        ) from None
+    return twice(partial(_published, store, prefix))
 
 
 def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = None) -> Manifest:
@@ -189,7 +180,11 @@ def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = N
     when nothing is published, `DamagedError` naming the file that differs.
     """
     manifest = manifest or _required(store, prefix)
-    _in_parallel(partial(_fetch_file, store, prefix, folder), manifest.files.items())
+
+    def bring(item: tuple[str, FileEntry]) -> None:
+        twice(partial(_fetch_file, store, prefix, folder, item))
+
+    _in_parallel(bring, manifest.files.items())
     return manifest
 
 
@@ -203,15 +198,19 @@ def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None =
     if name not in manifest.files:
         raise MissingKey(f"{_where(store, key)}: not among the published files")
     entry = manifest.files[name]
-    try:
-        with store.read(key) as stream:
-            content = stream.read()
-    except MissingKey:
-        raise _gone(store, prefix, name) from None
-    digest = entry.hasher()
-    digest.update(content)
-    _verify(store, prefix, name, entry, len(content), digest.hexdigest())
-    return content
+
+    def read() -> bytes:
+        try:
+            with store.read(key) as stream:
+                content = stream.read()
+        except MissingKey:
+            raise _gone(store, prefix, name) from None
+        digest = entry.hasher()
+        digest.update(content)
+        _verify(store, prefix, name, entry, len(content), digest.hexdigest())
+        return content
+
+    return twice(read)
 
 
 def read_pieces(
@@ -221,11 +220,7 @@ def read_pieces(
 
     Raises `DamagedError` naming the file.
     """
-    try:
-        return _read_pieces(store, prefix, name, entry, first, count)
-    except DamagedError:
-        # Once more, since it may be the network's doing.
-        return _read_pieces(store, prefix, name, entry, first, count)
+    return twice(partial(_read_pieces, store, prefix, name, entry, first, count))
 
 
 def read_json(store: Store, prefix: str, name: str, manifest: Manifest | None = None) -> JsonValue:
@@ -259,7 +254,7 @@ def verify(store: Store, prefix: str) -> Manifest:
             raise _gone(store, prefix, name) from None
         _verify(store, prefix, name, entry, size, digest.hexdigest())
 
-    _in_parallel(check, manifest.files.items())
+    _in_parallel(lambda item: twice(partial(check, item)), manifest.files.items())
     return manifest
 
 
@@ -271,6 +266,40 @@ def withdraw(store: Store, prefix: str) -> None:
         store.remove(key)
     for key in set(keys) - set(manifests):
         store.remove(key)
+
+
+def twice(read: Callable[[], Result]) -> Result:
+    """Read once more what came damaged: it may be the network's doing."""
+    try:
+        return read()
+    except DamagedError:
+        return read()
+
+
+def _published(store: Store, prefix: str) -> Manifest | None:
+    key = f"{prefix}/{MANIFEST}"
+    try:
+        with store.read(key) as stream:
+            text = stream.read()
+    except MissingKey:
+        return None
+    try:
+        sealed = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise DamagedError(
+            f"{_where(store, key)}: not a manifest ({reason}); {_remedy(prefix)}"
+        ) from None
+    manifest = sealed.model_copy(update={"digest": None})
+    if sealed.digest is not None and sealed.digest != _digest(manifest):
+        raise DamagedError(
+            f"{_where(store, key)}: not what was written (another digest); {_remedy(prefix)}"
+        )
+    return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
 
 
 def _read_pieces(

@@ -307,16 +307,16 @@ class S3Store:
                 "or AWS_PROFILE"
             ) from error
         except PermissionError as error:
-            raise StoreError(
-                f"{where}: the server refuses the AWS credentials ({_sentence(error)}); check the "
-                "key, its secret and its rights on the bucket"
-            ) from error
-        except (OSError, BotoCoreError, ConnectionBroken) as error:
             if _code(error) == "RequestTimeTooSkewed":
                 raise StoreError(
                     f"{where}: the server refuses requests because the clocks differ "
                     f"({_sentence(error)}); set this machine's clock"
                 ) from error
+            raise StoreError(
+                f"{where}: the server refuses the AWS credentials ({_sentence(error)}); check the "
+                "key, its secret and its rights on the bucket"
+            ) from error
+        except (OSError, BotoCoreError, ConnectionBroken) as error:
             raise StoreError(
                 f"{where}: the store does not answer as it should ({_sentence(error)}); check the "
                 "endpoint and the network"

@@ -11,18 +11,20 @@ of ranks reads it, see storage.stored.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from pydantic import JsonValue, NonNegativeInt, TypeAdapter
 
-from storage.errors import StoreError
-from storage.manifest import MANIFEST, FileEntry, Hashed, Manifest, PieceHasher, commit
+from storage.errors import DamagedError, StoreError
+from storage.manifest import MANIFEST, FileEntry, Hashed, Manifest, PieceHasher, commit, twice
 from storage.section import Section
 from storage.store import Store
 
@@ -214,7 +216,10 @@ def write_share(
         entry=FileEntry(size=hashed.size, sha256=hashed.hasher.hexdigest(), pieces=pieces),
         tensors=dict(tensors),
     )
-    store.write(f"{prefix}/{name}.json", share.model_dump_json().encode())
+    content = share.model_dump_json().encode()
+    # No manifest vouches for it yet.
+    digest = hashlib.sha256(content).hexdigest().encode()
+    store.write(f"{prefix}/{name}.json", digest + b"\n" + content)
     return share
 
 
@@ -230,7 +235,8 @@ def publish_shares(
 
     What an earlier write left under the prefix is removed afterwards.
     """
-    shares = [_share(store, key) for key in _await_shares(store, prefix, token, world)]
+    keys = _await_shares(store, prefix, token, world)
+    shares = [twice(partial(_share, store, key)) for key in keys]
     index: dict[str, TensorEntry] = {}
     for share in shares:
         for name, entry in share.tensors.items():
@@ -308,4 +314,7 @@ def _await_shares(store: Store, prefix: str, token: str, world: int) -> list[str
 
 def _share(store: Store, key: str) -> Share:
     with store.read(key) as stream:
-        return Share.model_validate_json(stream.read())
+        digest, _, content = stream.read().partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise DamagedError(f"{store.url}/{key}: not what was written (another digest)")
+    return Share.model_validate_json(content)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,36 @@ def test_a_share_that_is_missing_is_not_published(store, monkeypatch):
     with pytest.raises(StoreError, match=r"t-rank-00001.json: not written"):
         publish_tensors(store, "p", {"w": torch.zeros(2)}, {}, world=2, token="t")
     assert published(store, "p") is None
+
+
+MEASURED = """
+import json, sys
+import torch
+from benchmarks.checkpoint import peak, reset_peak
+from storage.checkpoint import Saver, latest_checkpoint
+from storage.store import open_store
+store, mib = open_store(sys.argv[1]), int(sys.argv[2])
+saver = Saver(store, "run")
+held = {f"w{i}": torch.ones(mib // 4 * 2**18) for i in range(4)}
+into = {name: torch.ones_like(tensor) for name, tensor in held.items()}
+saver.save(1, {"w": torch.ones(2)}, None)
+saver.finish()
+before = reset_peak()
+saver.save(2, held, None)
+saver.finish()
+latest_checkpoint(store, "run", lambda c: c.tensors.fill(into))
+print(json.dumps((peak() - before) / 2**20))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_whatever_the_size(s3_url):
+    extra = {}
+    for mib in (256, 1024):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, s3_url, str(mib)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        extra[mib] = json.loads(done.stdout)
+    assert max(extra.values()) < 512, extra
+    assert extra[1024] < extra[256] + 64, extra
