@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 .PHONY: help install demo check test test-slow test-faults miniature bench bench-search bench-checkpoint study clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with everything, once
 
