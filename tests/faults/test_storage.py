@@ -307,7 +307,10 @@ def test_a_damaged_object(
         assert part in caplog.text
     save(s3_url, "two", 2, 3)
     assert loaded(direct) == (3, 3.0)
-    row(f"{name}: {part}", "named and refused; continued from the checkpoint before")
+    refused = (
+        "does not count" if part == "manifest.json" and damage is None else "named and refused"
+    )
+    row(f"{name}: {part}", f"{refused}; continued from the checkpoint before")
 
 
 def test_a_server_that_always_alters_one_object(
@@ -315,7 +318,7 @@ def test_a_server_that_always_alters_one_object(
 ) -> None:
     save(s3_url, "one", 1, 2)
     proxy.rule = lambda request: (
-        "alter answer" if request.range and "step-000000002" in request.path else None
+        "alter answer" if request.range and "one-2-rank-00000.safetensors" in request.path else None
     )
     assert loaded(open_store(s3_url, OPTIONS)) == (1, 1.0)
     assert "are not what was published" in caplog.text
@@ -392,11 +395,9 @@ def test_sweeps_that_publish_at_once_to_a_failing_store(
 
 
 SKEWED = """
-import datetime, os, sys
-import botocore.auth, botocore.compat
-shift = datetime.timedelta(hours=int(os.environ["SKEW_HOURS"]))
-now = botocore.compat.get_current_datetime
+import datetime, os
 import storage.registry
+shift = datetime.timedelta(hours=int(os.environ["SKEW_HOURS"]))
 class Shifted(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
