@@ -69,9 +69,10 @@ def choose(finalists: Sequence[Finalist], judged: bool = True) -> Finalist:
 
 
 def model_prefix(teacher: Teacher, finalist: Finalist) -> str:
-    """Where the finalist's model goes: by its plan, and by the recovery that it came from."""
-    made_from = digest_json([teacher.digest, finalist.prefix, finalist.loss_after])
-    return layout.model(finalist.budget, f"{finalist.plan.digest}-{made_from[:8]}")
+    """Where the finalist's model goes: by its plan, and by all that is said of it, so that what is
+    published there never changes."""
+    said = digest_json(_meta(teacher, finalist))
+    return layout.model(finalist.budget, f"{finalist.plan.digest}-{said[:8]}")
 
 
 def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> None:
@@ -103,19 +104,8 @@ def write_model(
     Returns its prefix. `resolution`: pixels a side of the pictures it learned from. The card's own
     address is set here.
     """
-    prefix = model_prefix(teacher, finalist)
-    meta: dict[str, JsonValue] = {
-        "teacher": teacher.digest,
-        "plan": finalist.plan.digest,
-        "student": finalist.prefix,
-        "parameters": finalist.parameters,
-        "fidelity_loss": finalist.loss_after,
-        "judge_score": finalist.judge_score,
-    }
-    if finalist.cost is not None:
-        meta |= {"latency_us": finalist.cost.latency, "memory_bytes": finalist.cost.memory}
-    there = published(store, prefix)
-    if there is not None and there.meta == meta:
+    prefix, meta = model_prefix(teacher, finalist), _meta(teacher, finalist)
+    if published(store, prefix) is not None:
         return prefix
     stored, plan = open_student(store, finalist.prefix)
     files = pipeline_files(teacher, plan, stored.like(), stored.read)
@@ -126,6 +116,20 @@ def write_model(
         files |= {file.name: file for file in sorted(Path(scratch).iterdir())}
         publish(store, prefix, files, meta)
     return prefix
+
+
+def _meta(teacher: Teacher, finalist: Finalist) -> dict[str, JsonValue]:
+    meta: dict[str, JsonValue] = {
+        "teacher": teacher.digest,
+        "plan": finalist.plan.digest,
+        "student": finalist.prefix,
+        "parameters": finalist.parameters,
+        "fidelity_loss": finalist.loss_after,
+        "judge_score": finalist.judge_score,
+    }
+    if finalist.cost is not None:
+        meta |= {"latency_us": finalist.cost.latency, "memory_bytes": finalist.cost.memory}
+    return meta
 
 
 def _same(entry: Entry, other: Entry) -> bool:
