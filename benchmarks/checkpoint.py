@@ -38,7 +38,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--gib", type=float, default=1.75, help="of tensors, a rank")
     arguments.add_argument("--ranks", type=int, default=1)
-    arguments.add_argument("--turns", type=int, default=5)
+    arguments.add_argument("--turns", type=int, default=3)
     arguments.add_argument("--served", type=Path, default=Path("/dev/shm"), help="where to keep it")
     options = arguments.parse_args()
     with (

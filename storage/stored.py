@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 from pydantic import ValidationError
 
 from storage.errors import DamagedError, MissingKey
@@ -216,6 +215,7 @@ def _windows(file: str, runs: list[_Run]) -> Iterator[_Window]:
 
 
 def _put(content: bytes, start: int, length: int, into: Tensor, at: int) -> None:
+    import numpy as np
     import torch
 
     source = np.frombuffer(content, np.uint8, length, start)
