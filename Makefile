@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow miniature bench bench-search bench-train study clean
+.PHONY: help install demo check test test-slow test-faults miniature bench bench-search bench-train bench-checkpoint study clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## create .venv with everything, once
 
@@ -27,10 +27,13 @@ check: install ## style, types, import directions
 	$(BIN)/mypy
 
 test: install ## the default suite
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not faults'
 
 test-slow: install ## the default suite and the long tests (kills in every stage)
 	$(BIN)/python -m pytest
+
+test-faults: install ## break stores and processes in every known way, and print what was lost
+	$(BIN)/python -m pytest -m faults tests
 
 bench: install ## the figures of benchmarks/README.md (after make demo)
 	$(BIN)/python -m benchmarks.library examples/miniature.yaml
@@ -43,6 +46,9 @@ bench-search: install ## what a search costs, against TPE and ASHA with a studen
 
 bench-train: install ## memory and speed of training (the GPU's figures where there is one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train
+
+bench-checkpoint: install ## checkpoints against raw transfers, on an S3 server that it starts
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoint
 
 study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study

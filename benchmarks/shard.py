@@ -18,7 +18,7 @@ import torch.distributed
 
 from cluster.cli.common import open_config
 from search.sweep import Sweep
-from storage import layout
+from storage.registry import best
 from trainers import sharded
 from trainers.data.latents import open_latents
 from trainers.distilled import Distilled, Observed
@@ -54,7 +54,9 @@ def step_time(sweep: Sweep, batch: int, steps: int) -> float:
     """Seconds of one velocity step of the first budget's published plan, freshly cut."""
     family, teacher = sweep.teacher.family, sweep.teacher.transformer()
     label = sweep.config.budgets[0].label
-    with sweep.store.read(f"{layout.best(label)}/plan.json") as stream:
+    entry = best(sweep.store, label, sweep.teacher.digest)
+    assert entry is not None, label
+    with sweep.store.read(f"{entry.model}/plan.json") as stream:
         plan = Plan.from_json(stream.read())
     first = tuple(block.model_copy(update={"start": "first"}) for block in plan.blocks)
     plan = plan.model_copy(update={"blocks": first})

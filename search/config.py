@@ -78,6 +78,10 @@ class SweepConfig(Section):
     track: TrackConfig = TrackConfig()
     """Which trackers are told what the stages found: TensorBoard, MLflow."""
 
+    keep_models: PositiveInt | None = None
+    """Published models of each budget that stay, the best ones; others go once a better one is
+    published. null keeps all."""
+
     @model_validator(mode="after")
     def _budgets_differ(self) -> Self:
         labels = [budget.label for budget in self.budgets]

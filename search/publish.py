@@ -1,7 +1,7 @@
 """Publishes a budget's student: which finalist it is, the model folder with its card, the registry.
 
-`best/<budget>` always holds the registry's best of that budget. A sweep whose student is not the
-best keeps it in its own folder.
+The model comes first, under a name that no other has, then its entry: a publication that is cut off
+is no entry, and two at once do not meet.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from pydantic import JsonValue
 from search.card import CardFacts, write_card
 from search.report.data import Scores
 from storage import layout
+from storage.digest import digest_json
 from storage.manifest import publish, published
-from storage.registry import Entry, add, best, entries
+from storage.registry import Entry, add, entries
 from storage.store import Store
-from trainers.export import export_student
+from trainers.export import pipeline_files
 from trainers.measure import Cost
 from trainers.schedule import Schedule
 from trainers.students.plan import Plan
 from trainers.teacher import Teacher
-from trainers.worker import load_student
+from trainers.worker import open_student
 
 MADE_FOR = "espalier.json"
 """Beside model_index.json: what the model was made for and from; see cluster/cli/models.py."""
@@ -67,38 +68,57 @@ def choose(finalists: Sequence[Finalist], judged: bool = True) -> Finalist:
     return min(finalists, key=rank)
 
 
-def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> str:
-    """Enters the finalist in the registry, once; returns the prefix for its model folder."""
+def model_prefix(teacher: Teacher, finalist: Finalist) -> str:
+    """Where the finalist's model goes: by its plan, and by all that is said of it, so that what is
+    published there never changes."""
+    said = digest_json(_meta(teacher, finalist))
+    return layout.model(finalist.budget, f"{finalist.plan.digest}-{said[:8]}")
+
+
+def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> None:
+    """Enters the finalist, whose model is published, in the registry, once."""
     entry = Entry(
         budget=finalist.budget,
         plan_digest=finalist.plan.digest,
         teacher=teacher.digest,
         sweep=sweep,
         prefix=finalist.prefix,
+        model=model_prefix(teacher, finalist),
         parameters=finalist.parameters,
         fidelity_loss=finalist.loss_after,
         judge_score=finalist.judge_score,
     )
     if not any(_same(entry, known) for known in entries(store, finalist.budget)):
         add(store, entry)
-    leader = best(store, finalist.budget, teacher.digest)
-    if leader is not None and _same(entry, leader):
-        return layout.best(finalist.budget)
-    return f"{layout.sweep(sweep)}/students/{finalist.budget}"
 
 
 def write_model(
     store: Store,
-    prefix: str,
     teacher: Teacher,
     finalist: Finalist,
     facts: CardFacts,
     resolution: int,
-) -> None:
+) -> str:
     """Publishes the student as a diffusers folder with its plan and card; once, it stays as it is.
 
-    `resolution`: pixels a side of the pictures it learned from. The card's own address is set here.
+    Returns its prefix. `resolution`: pixels a side of the pictures it learned from. The card's own
+    address is set here.
     """
+    prefix, meta = model_prefix(teacher, finalist), _meta(teacher, finalist)
+    if published(store, prefix) is not None:
+        return prefix
+    stored, plan = open_student(store, finalist.prefix)
+    files = pipeline_files(teacher, plan, stored.like(), stored.read)
+    files[MADE_FOR] = f"{json.dumps({'resolution': resolution, **meta}, indent=1)}\n".encode()
+    with tempfile.TemporaryDirectory(prefix="espalier-card-") as scratch:
+        student = dataclasses.replace(facts.student, url=f"{store.url}/{prefix}")
+        write_card(dataclasses.replace(facts, student=student), Path(scratch))
+        files |= {file.name: file for file in sorted(Path(scratch).iterdir())}
+        publish(store, prefix, files, meta)
+    return prefix
+
+
+def _meta(teacher: Teacher, finalist: Finalist) -> dict[str, JsonValue]:
     meta: dict[str, JsonValue] = {
         "teacher": teacher.digest,
         "plan": finalist.plan.digest,
@@ -109,23 +129,7 @@ def write_model(
     }
     if finalist.cost is not None:
         meta |= {"latency_us": finalist.cost.latency, "memory_bytes": finalist.cost.memory}
-    there = published(store, prefix)
-    if there is not None and there.meta == meta:
-        return
-    model, plan = load_student(store, finalist.prefix, teacher)
-    with tempfile.TemporaryDirectory(prefix="espalier-export-") as scratch:
-        folder = Path(scratch) / "model"
-        export_student(teacher, model, plan, folder)
-        student = dataclasses.replace(facts.student, url=f"{store.url}/{prefix}")
-        write_card(dataclasses.replace(facts, student=student), folder)
-        made_for = {"resolution": resolution, **meta}
-        (folder / MADE_FOR).write_text(json.dumps(made_for, indent=1) + "\n", encoding="utf-8")
-        files = {
-            file.relative_to(folder).as_posix(): file
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
-        publish(store, prefix, files, meta)
+    return meta
 
 
 def _same(entry: Entry, other: Entry) -> bool:

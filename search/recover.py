@@ -90,6 +90,9 @@ class RecoverConfig(Section):
     checkpoint_every: PositiveInt = 100
     """Optimizer steps between checkpoints."""
 
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints of a recovery that stay while it runs, the newest ones."""
+
     retries: NonNegativeInt = 2
     """How often a recovery goes on from its latest checkpoint after losing a worker."""
 
@@ -233,6 +236,7 @@ class Grounds:
             checkpoints=layout.checkpoint(*where),
             student=layout.finalist(*where),
             checkpoint_every=self.config.checkpoint_every,
+            keep_checkpoints=self.config.keep_checkpoints,
             timeout=self.config.timeout,
             shard_teacher=self.config.shard_teacher,
             num_cpus=self.share.num_cpus,

@@ -21,6 +21,7 @@ from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError
 from storage.manifest import publish, published, read_json
+from storage.registry import entries
 from storage.section import Section
 from storage.store import Store, open_store
 from trainers.data.encode import encoding_digest
@@ -254,7 +255,9 @@ def open_sweep(config: SweepConfig) -> Sweep:
     _check_owner(sweep, layout.sweep(sweep.name), f"sweep {sweep.name}", "give it another name")
     for budget in config.budgets:
         prefix = layout.best(budget.label)
-        _check_owner(sweep, prefix, f"{prefix} in {store.url}", "use another storage")
+        owners = {entry.teacher for entry in entries(store, budget.label)} - {teacher.digest}
+        if owners:
+            raise _owned(sweep, f"{prefix} in {store.url}", min(owners), "use another storage")
     return sweep
 
 
@@ -277,10 +280,14 @@ def _check_owner(sweep: Sweep, prefix: str, what: str, remedy: str) -> None:
     manifest = published(sweep.store, prefix)
     owner = manifest.meta.get("teacher") if manifest else None
     if owner is not None and owner != sweep.teacher.digest:
-        raise SweepError(
-            f"{what} belongs to another teacher ({owner}); this one is {sweep.teacher.digest} "
-            f"({sweep.teacher.name}): {remedy}, or remove {prefix} from the storage"
-        )
+        raise _owned(sweep, what, str(owner), f"{remedy}, or remove {prefix} from the storage")
+
+
+def _owned(sweep: Sweep, what: str, owner: str, remedy: str) -> SweepError:
+    return SweepError(
+        f"{what} belongs to another teacher ({owner}); this one is {sweep.teacher.digest} "
+        f"({sweep.teacher.name}): {remedy}"
+    )
 
 
 def _digest(*parts: Any) -> str:

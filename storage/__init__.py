@@ -3,7 +3,7 @@
 Nothing counts until its manifest is written, last; nothing that is read back is unpickled.
 """
 
-from storage.checkpoint import Checkpoint, keep_last, latest_checkpoint, save_checkpoint
+from storage.checkpoint import Checkpoint, Saver, keep_last, latest_checkpoint
 from storage.digest import digest_files, digest_json, sha256_file
 from storage.errors import DamagedError, EspalierError, MissingKey, StoreError
 from storage.manifest import (
@@ -17,7 +17,9 @@ from storage.manifest import (
     withdraw,
 )
 from storage.section import Section
+from storage.shards import publish_tensors
 from storage.store import Store, StoreOptions, open_store
+from storage.stored import StoredTensors, open_tensors
 from storage.tensors import check_safetensors, load_tensors, save_tensors
 
 __all__ = [
@@ -27,10 +29,12 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "MissingKey",
+    "Saver",
     "Section",
     "Store",
     "StoreError",
     "StoreOptions",
+    "StoredTensors",
     "check_safetensors",
     "digest_files",
     "digest_json",
@@ -39,11 +43,12 @@ __all__ = [
     "latest_checkpoint",
     "load_tensors",
     "open_store",
+    "open_tensors",
     "publish",
+    "publish_tensors",
     "published",
     "read_bytes",
     "read_json",
-    "save_checkpoint",
     "save_tensors",
     "sha256_file",
     "withdraw",

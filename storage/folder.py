@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from storage.errors import MissingKey, StoreError
-from storage.store import check_key
+from storage.store import Stored, Unfinished, check_key
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -58,6 +59,11 @@ class FolderStore:
         except OSError as error:
             raise self._refused(key, error) from error
 
+    def ranged(self, key: str, start: int, end: int) -> bytes:
+        with self.read(key) as stream:
+            stream.seek(start)
+            return stream.read(end - start)
+
     def write(self, key: str, body: BinaryIO | bytes) -> None:
         target = self._path(key)
         partial = self._root / _PARTIAL / uuid.uuid4().hex
@@ -76,14 +82,7 @@ class FolderStore:
             partial.unlink(missing_ok=True)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        start = self._path(prefix) if prefix else self._root
-        found = []
-        for folder, folders, names in os.walk(start):
-            if Path(folder) == self._root and _PARTIAL in folders:
-                folders.remove(_PARTIAL)
-            relative = Path(folder).relative_to(self._root)
-            found += [(relative / name).as_posix() for name in names]
-        return iter(sorted(found))
+        return iter(sorted(path.relative_to(self._root).as_posix() for path in self._walk(prefix)))
 
     def remove(self, key: str) -> None:
         path = self._path(key)
@@ -101,6 +100,39 @@ class FolderStore:
             except OSError:
                 return  # it holds something else, or another remover was first
 
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        now, found = self._now(), []
+        for path in self._walk(prefix):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                stat = path.stat()
+                key = path.relative_to(self._root).as_posix()
+                found.append(Stored(key, stat.st_size, now - stat.st_mtime))
+        return iter(sorted(found))
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        folder = self._root / _PARTIAL
+        if prefix or not folder.is_dir():
+            return  # which key a file is for is known to its writer alone
+        now = self._now()
+        for path in sorted(folder.iterdir()):
+            with suppress(FileNotFoundError):  # it ended meanwhile
+                yield Unfinished(f"{_PARTIAL}/{path.name}", path.name, now - path.stat().st_mtime)
+
+    def discard(self, write: Unfinished) -> None:
+        (self._root / _PARTIAL / write.id).unlink(missing_ok=True)
+
+    def _walk(self, prefix: str) -> Iterator[Path]:
+        start = self._path(prefix) if prefix else self._root
+        for folder, folders, names in os.walk(start):
+            if Path(folder) == self._root and _PARTIAL in folders:
+                folders.remove(_PARTIAL)
+            yield from (Path(folder) / name for name in names)
+
+    def _now(self) -> float:
+        """The time by the clock that stamps files here, which may be a file server's."""
+        with tempfile.TemporaryFile(dir=self._root) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+
     def _path(self, key: str) -> Path:
         if check_key(key).split("/")[0] == _PARTIAL:
             raise StoreError(f"{key!r}: {_PARTIAL} is where unfinished writes are kept")
@@ -115,7 +147,7 @@ class FolderStore:
 def _move(partial: Path, target: Path) -> None:
     """Rename into place, making the folders; again if a remover takes an empty one meanwhile."""
     for _ in range(10):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, FileExistsError):
             target.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(target)
             return

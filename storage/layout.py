@@ -7,7 +7,7 @@
     library/TEACHER/DIGEST/         one replacement, by span, variant and training
     sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
     studies/NAME.journal            a sweep's trials for optuna-dashboard; may be deleted
-    best/BUDGET/                    the published model
+    best/BUDGET/NAME/               one published model, never changed; the registry ranks them
     registry/BUDGET/                one small object for every published model
 
 Names that a person chooses are checked here, so that no name reaches another's prefix.
@@ -98,8 +98,13 @@ def report(name: str) -> str:
 
 
 def best(budget: str) -> str:
-    """The published diffusers model of a budget."""
+    """The published models of a budget, each under a name of its own."""
     return f"best/{_name(budget)}"
+
+
+def model(budget: str, name: str) -> str:
+    """One published diffusers model."""
+    return f"{best(budget)}/{_name(name)}"
 
 
 def registry() -> str:

@@ -7,6 +7,7 @@ they read, `verify` everything.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Annotated, BinaryIO, Generic, Protocol, TypeAlias, TypeVar, cast
 
 from pydantic import Field, JsonValue, NonNegativeInt, ValidationError, field_validator
 
@@ -24,13 +25,17 @@ from storage.section import Section
 from storage.store import Store, check_key
 
 MANIFEST = "manifest.json"
+PIECE = 4 * 2**20
+"""Bytes that are verified together in a file that is read by range."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Body: TypeAlias = Path | bytes | Callable[[], bytes]
+Body: TypeAlias = Path | bytes | Callable[[], bytes | BinaryIO]
 """A file's content. A callable is called when its turn comes, so that a large whole never stands
-in memory at once."""
+in memory at once; a stream that it returns is read to its end and closed."""
 
 # Files under way at once, up or down: enough to hide the latency of an object store.
 _PARALLEL = 4
@@ -41,8 +46,69 @@ class FileEntry(Section):
 
     size: NonNegativeInt
     """Bytes."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Digest of the whole content."""
+    sha256: Sha256
+    """Digest of the whole content; of a file in pieces, of its pieces' digests put together."""
+    pieces: tuple[Sha256, ...] = Field(default=(), exclude_if=lambda pieces: not pieces)
+    """Digests of each PIECE bytes, for a file that is read by range; empty for any other."""
+
+    def hasher(self) -> Hasher:
+        """What makes `sha256` of the content."""
+        return PieceHasher() if self.pieces else hashlib.sha256()
+
+
+class Hasher(Protocol):
+    """Takes content bit by bit."""
+
+    def update(self, content: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class PieceHasher:
+    """Digests of the pieces of a content, and one of them all."""
+
+    def __init__(self) -> None:
+        self._done: list[bytes] = []
+        self._current, self._room = hashlib.sha256(), PIECE
+
+    def update(self, content: bytes) -> None:
+        view = memoryview(content)
+        while view:
+            part, view = view[: self._room], view[self._room :]
+            self._current.update(part)
+            self._room -= len(part)
+            if self._room == 0:
+                self._done.append(self._current.digest())
+                self._current, self._room = hashlib.sha256(), PIECE
+
+    def pieces(self) -> tuple[str, ...]:
+        return tuple(digest.hex() for digest in self._digests())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(self._digests())).hexdigest()
+
+    def _digests(self) -> list[bytes]:
+        return [*self._done, self._current.digest()] if self._room < PIECE else self._done
+
+
+AnyHasher = TypeVar("AnyHasher", bound=Hasher)
+
+
+class Hashed(io.RawIOBase, Generic[AnyHasher]):
+    """A stream that is hashed as it passes."""
+
+    def __init__(self, stream: BinaryIO, hasher: AnyHasher) -> None:
+        self._stream = stream
+        self.hasher, self.size = hasher, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        self.hasher.update(content)
+        self.size += len(content)
+        return content
 
 
 class Manifest(Section):
@@ -52,6 +118,8 @@ class Manifest(Section):
     """By name, relative to the prefix."""
     meta: dict[str, JsonValue] = Field(default_factory=dict)
     """Small facts about the whole, such as a loss or what it was made from."""
+    digest: Sha256 | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    """Of the manifest itself without this; those of the first version have none."""
 
     @field_validator("files")
     @classmethod
@@ -81,26 +149,28 @@ def publish(
     written = _in_parallel(partial(_write, store, prefix), files.items())
     for name in stale:
         store.remove(f"{prefix}/{name}")
-    manifest = Manifest(files=dict(zip(files, written, strict=True)), meta=dict(meta or {}))
-    store.write(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    return commit(store, prefix, dict(zip(files, written, strict=True)), meta)
+
+
+def commit(
+    store: Store,
+    prefix: str,
+    files: Mapping[str, FileEntry],
+    meta: Mapping[str, JsonValue] | None = None,
+) -> Manifest:
+    """Publish files that are already written, by writing their manifest.
+
+    In one step: until it is done, whatever was published there before still is.
+    """
+    manifest = Manifest(files=dict(files), meta=dict(meta or {}))
+    sealed = manifest.model_copy(update={"digest": _digest(manifest)})
+    store.write(f"{prefix}/{MANIFEST}", sealed.model_dump_json(indent=1).encode())
     return manifest
 
 
 def published(store: Store, prefix: str) -> Manifest | None:
     """The manifest, or None: the one test of completeness; load, resume, retention ask here."""
-    key = f"{prefix}/{MANIFEST}"
-    try:
-        with store.read(key) as stream:
-            text = stream.read()
-    except MissingKey:
-        return None
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DamagedError(
-            f"{_where(store, key)}: not a manifest ({reason}); {_remedy(prefix)}"
-        ) from None
+    return twice(partial(_published, store, prefix))
 
 
 def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = None) -> Manifest:
@@ -110,7 +180,11 @@ def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = N
     when nothing is published, `DamagedError` naming the file that differs.
     """
     manifest = manifest or _required(store, prefix)
-    _in_parallel(partial(_fetch_file, store, prefix, folder), manifest.files.items())
+
+    def bring(item: tuple[str, FileEntry]) -> None:
+        twice(partial(_fetch_file, store, prefix, folder, item))
+
+    _in_parallel(bring, manifest.files.items())
     return manifest
 
 
@@ -124,13 +198,29 @@ def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None =
     if name not in manifest.files:
         raise MissingKey(f"{_where(store, key)}: not among the published files")
     entry = manifest.files[name]
-    try:
-        with store.read(key) as stream:
-            content = stream.read()
-    except MissingKey:
-        raise _gone(store, prefix, name) from None
-    _verify(store, prefix, name, entry, len(content), hashlib.sha256(content).hexdigest())
-    return content
+
+    def read() -> bytes:
+        try:
+            with store.read(key) as stream:
+                content = stream.read()
+        except MissingKey:
+            raise _gone(store, prefix, name) from None
+        digest = entry.hasher()
+        digest.update(content)
+        _verify(store, prefix, name, entry, len(content), digest.hexdigest())
+        return content
+
+    return twice(read)
+
+
+def read_pieces(
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
+) -> bytes:
+    """`count` pieces of a published file in pieces, from number `first` on, verified.
+
+    Raises `DamagedError` naming the file.
+    """
+    return twice(partial(_read_pieces, store, prefix, name, entry, first, count))
 
 
 def read_json(store: Store, prefix: str, name: str, manifest: Manifest | None = None) -> JsonValue:
@@ -154,7 +244,7 @@ def verify(store: Store, prefix: str) -> Manifest:
 
     def check(item: tuple[str, FileEntry]) -> None:
         name, entry = item
-        digest, size = hashlib.sha256(), 0
+        digest, size = entry.hasher(), 0
         try:
             with store.read(f"{prefix}/{name}") as source:
                 while chunk := source.read(1 << 20):
@@ -164,7 +254,7 @@ def verify(store: Store, prefix: str) -> Manifest:
             raise _gone(store, prefix, name) from None
         _verify(store, prefix, name, entry, size, digest.hexdigest())
 
-    _in_parallel(check, manifest.files.items())
+    _in_parallel(lambda item: twice(partial(check, item)), manifest.files.items())
     return manifest
 
 
@@ -176,6 +266,65 @@ def withdraw(store: Store, prefix: str) -> None:
         store.remove(key)
     for key in set(keys) - set(manifests):
         store.remove(key)
+
+
+def twice(read: Callable[[], Result]) -> Result:
+    """Read once more what came damaged: it may be the network's doing."""
+    try:
+        return read()
+    except DamagedError:
+        return read()
+
+
+def _published(store: Store, prefix: str) -> Manifest | None:
+    key = f"{prefix}/{MANIFEST}"
+    try:
+        with store.read(key) as stream:
+            text = stream.read()
+    except MissingKey:
+        return None
+    try:
+        sealed = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise DamagedError(
+            f"{_where(store, key)}: not a manifest ({reason}); {_remedy(prefix)}"
+        ) from None
+    manifest = sealed.model_copy(update={"digest": None})
+    if sealed.digest is not None and sealed.digest != _digest(manifest):
+        raise DamagedError(
+            f"{_where(store, key)}: not what was written (another digest); {_remedy(prefix)}"
+        )
+    return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+
+
+def _read_pieces(
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
+) -> bytes:
+    start, end = first * PIECE, min((first + count) * PIECE, entry.size)
+    try:
+        content = store.ranged(f"{prefix}/{name}", start, end)
+    except MissingKey:
+        raise _gone(store, prefix, name) from None
+    where = _where(store, f"{prefix}/{name}")
+    if len(content) < end - start:
+        raise DamagedError(
+            f"{where}: ends at {start + len(content)} bytes, but {entry.size} were published; "
+            f"{_remedy(prefix)}"
+        )
+    view = memoryview(content)
+    for number in range(first, first + count):
+        at = (number - first) * PIECE
+        if hashlib.sha256(view[at : at + PIECE]).hexdigest() != entry.pieces[number]:
+            raise DamagedError(
+                f"{where}: its bytes from {number * PIECE} on are not what was published (another "
+                f"digest); {_remedy(prefix)}"
+            )
+    return content
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -193,6 +342,11 @@ def _write(store: Store, prefix: str, item: tuple[str, Body]) -> FileEntry:
             store.write(key, stream)
         return entry
     content = body if isinstance(body, bytes) else body()
+    if not isinstance(content, bytes):
+        with content:
+            hashed = Hashed(content, hashlib.sha256())
+            store.write(key, cast("BinaryIO", hashed))
+        return FileEntry(size=hashed.size, sha256=hashed.hasher.hexdigest())
     store.write(key, content)
     return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
@@ -200,12 +354,12 @@ def _write(store: Store, prefix: str, item: tuple[str, Body]) -> FileEntry:
 def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEntry]) -> None:
     name, entry = item
     target = folder / name
-    if target.is_file() and sha256_file(target) == entry.sha256:
+    if target.is_file() and _digest_of(target, entry) == entry.sha256:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     path = Path(temporary)
-    digest, size = hashlib.sha256(), 0
+    digest, size = entry.hasher(), 0
     try:
         with os.fdopen(handle, "wb") as stream, store.read(f"{prefix}/{name}") as source:
             while chunk := source.read(1 << 20):
@@ -220,6 +374,14 @@ def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEn
         raise _gone(store, prefix, name) from None
     finally:
         path.unlink(missing_ok=True)
+
+
+def _digest_of(path: Path, entry: FileEntry) -> str:
+    digest = entry.hasher()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _verify(store: Store, prefix: str, name: str, entry: FileEntry, size: int, sha256: str) -> None:

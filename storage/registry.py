@@ -1,10 +1,13 @@
 """The registry of published models: one small object an entry, never changed; the best is computed.
 
-Nothing is kept up to date in place, so two sweeps that publish at once cannot lose an entry.
+Nothing is kept up to date in place, so any number of sweeps that publish at once lose no entry, on
+stores without conditional writes too. A model is written whole, under a name of its own, before its
+entry: whoever asks for the best gets a whole one, also while a better one is being published.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -12,9 +15,10 @@ from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError
 
 from storage import layout
 from storage.digest import digest_json
-from storage.errors import DamagedError
+from storage.errors import DamagedError, MissingKey
+from storage.manifest import withdraw
 from storage.section import Section
-from storage.store import Store
+from storage.store import Store, open_store
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -31,7 +35,9 @@ class Entry(Section):
     sweep: str
     """The sweep that found it."""
     prefix: str
-    """Where the model lies in this store."""
+    """Where the recovered student lies in this store."""
+    model: str | None = None
+    """Where the diffusers model made of it lies; entries of the first version do not say."""
     parameters: NonNegativeInt
     """Parameters of the student's transformer."""
     fidelity_loss: _Finite
@@ -52,7 +58,10 @@ def add(store: Store, entry: Entry) -> str:
 def entries(store: Store, budget: str | None = None) -> list[Entry]:
     """Entries of one budget, or of all, oldest first."""
     prefix = layout.registry() if budget is None else layout.registered(budget)
-    found = [_read(store, key) for key in store.keys(prefix)]
+    found = []
+    for key in store.keys(prefix):
+        with suppress(MissingKey):  # removed since it was listed
+            found.append(_read(store, key))
     return sorted(found, key=lambda entry: (entry.created, entry.plan_digest))
 
 
@@ -66,6 +75,35 @@ def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
     """
     candidates = [e for e in entries(store, budget) if teacher is None or e.teacher == teacher]
     return min(candidates, key=rank, default=None)
+
+
+def located(address: str) -> str:
+    """Where the best model of a budget lies, when the address is STORE/best/BUDGET; any other
+    address itself."""
+    root, found, budget = address.rstrip("/").rpartition("best/")
+    if not found or "/" in budget or not budget or (root and not root.endswith("/")):
+        return address
+    store = open_store(root.rstrip("/") or ("/" if root else "."))
+    entry = best(store, budget)
+    return f"{store.url}/{entry.model}" if entry and entry.model else address
+
+
+def keep_best(store: Store, budget: str, teacher: str, count: int) -> list[Entry]:
+    """Remove all but the best `count` models of a budget and teacher; the entries that went."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    mine = [entry for entry in entries(store, budget) if entry.teacher == teacher]
+    beyond = sorted(mine, key=rank)[count:]
+    for entry in beyond:
+        withdraw_entry(store, entry)
+    return beyond
+
+
+def withdraw_entry(store: Store, entry: Entry) -> None:
+    """Remove the entry, and its model unless another entry names it."""
+    remove(store, entry)
+    if entry.model and all(e.model != entry.model for e in entries(store, entry.budget)):
+        withdraw(store, entry.model)
 
 
 def remove(store: Store, entry: Entry) -> None:

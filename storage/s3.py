@@ -1,34 +1,61 @@
 """A store in an S3 bucket, or in whatever speaks S3, through s3fs.
 
-An object appears when its upload completes. A killed upload of a large body leaves unlisted parts
-in the bucket: give the bucket a lifecycle rule that ends incomplete multipart uploads.
+An object appears when its upload completes. Every request is tried again by itself, a part of a
+large body like any other. A killed upload leaves unlisted parts in the bucket, which cost money
+until somebody ends it: `unfinished` finds them, for a saver that starts again and for
+`espalier gc`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 from urllib.parse import urlsplit
 
-from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
+from aiohttp import ClientError as ConnectionBroken
+from botocore.exceptions import (
+    BotoCoreError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+from botocore.exceptions import ConnectionError as NotConnected
+from botocore.parsers import ResponseParserError
 from s3fs import S3FileSystem
 
 from storage.errors import MissingKey, StoreError
-from storage.store import StoreOptions, check_key
+from storage.retry import retried
+from storage.store import Stored, StoreOptions, Unfinished, check_key
 
 if TYPE_CHECKING:
     from storage.store import Store
 
-# Up to 10,000 parts: objects of 160 GB. `_IN_FLIGHT` of them are in memory for each upload.
+# Up to 10,000 parts: objects of 160 GB. `_IN_FLIGHT` of them are in memory, of all uploads of a
+# store together, and one more for each upload.
 _PART = 16 * 2**20
-_IN_FLIGHT = 4
+_IN_FLIGHT = 6
 # Objects up to this size are read by one request, larger ones piece by piece.
 _WHOLE = 32 * 2**20
 _PIECE = 8 * 2**20
+_ATTEMPTS = 8
+# A wrong address or network is told within seconds.
+_ATTEMPTS_TO_OPEN = 3
+
+# Error codes below 500 that pass by themselves. The clock is among them because the wrong time may
+# be a load balancer's, one of several.
+_PASSING = {"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "ThrottlingException"}
+_PASSING |= {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "OperationAborted"}
+# Connections that broke, and answers that did not come or were not S3's.
+_BROKEN = (HTTPClientError, NotConnected, ResponseParserError, ConnectionBroken, OSError)
 
 
 def open_s3(url: str, options: StoreOptions) -> S3Store:
@@ -49,8 +76,10 @@ def open_s3(url: str, options: StoreOptions) -> S3Store:
         client_kwargs={"region_name": region} if region else {},
         config_kwargs={
             "connect_timeout": 3,
-            "read_timeout": 60,
-            "retries": {"mode": "standard", "total_max_attempts": 3},
+            "read_timeout": options.timeout,
+            "max_pool_connections": 64,
+            # Ours are the only ones: botocore's and s3fs's own would multiply with them.
+            "retries": {"mode": "standard", "total_max_attempts": 1},
             "request_checksum_calculation": options.checksum,
             "response_checksum_validation": options.checksum,
         },
@@ -58,9 +87,18 @@ def open_s3(url: str, options: StoreOptions) -> S3Store:
         skip_instance_cache=True,
         use_listings_cache=False,
     )
+    files.retries = 1
     store = S3Store(files, parts.netloc, prefix)
     store.probe()
     return store
+
+
+class Part(NamedTuple):
+    """A part of an upload that has arrived."""
+
+    number: int
+    tag: str
+    size: int
 
 
 class S3Store:
@@ -70,6 +108,7 @@ class S3Store:
         self._files = files
         self._bucket = bucket
         self._prefix = prefix
+        self._slots = threading.BoundedSemaphore(_IN_FLIGHT)
 
     @property
     def url(self) -> str:
@@ -79,7 +118,12 @@ class S3Store:
         """One listing of one key; raises `StoreError` when the store cannot be used."""
         try:
             with self._translated(""):
-                self._call("list_objects_v2", Prefix=self._prefix, MaxKeys=1)
+                self._call(
+                    "list_objects_v2",
+                    _ATTEMPTS_TO_OPEN,
+                    Prefix=self._prefix,
+                    MaxKeys=1,
+                )
         except MissingKey:
             raise self._no_bucket() from None
 
@@ -92,12 +136,20 @@ class S3Store:
         return io.BufferedReader(_Ranges(self, key, size), _PIECE)
 
     def ranged(self, key: str, start: int, end: int) -> bytes:
-        """The bytes from `start` up to `end`, both inside the object."""
+        path = f"{self._bucket}/{self._name(key)}"
+
+        def read() -> bytes:
+            try:
+                return cast(bytes, self._files.cat_file(path, start=start, end=end))
+            except OSError as error:
+                if _code(error) == "InvalidRange":
+                    return b""  # the object ends before
+                raise
+
         if start == end:
             return b""  # there is no empty range in HTTP
         with self._translated(key):
-            path = f"{self._bucket}/{self._name(key)}"
-            return cast(bytes, self._files.cat_file(path, start=start, end=end))
+            return retried(read, _passes, _ATTEMPTS)
 
     def write(self, key: str, body: BinaryIO | bytes) -> None:
         name = self._name(key)
@@ -113,19 +165,38 @@ class S3Store:
             raise self._no_bucket() from None
 
     def keys(self, prefix: str) -> Iterator[str]:
-        start = self._name(prefix) if prefix else self._prefix
-        more: dict[str, str] = {}
-        found: list[str] = []
-        with self._translated(prefix):
-            while True:
-                page = self._call("list_objects_v2", Prefix=f"{start}/" if start else "", **more)
-                found += [item["Key"] for item in page.get("Contents", [])]
-                if not page.get("IsTruncated"):
-                    break
-                more = {"ContinuationToken": page["NextContinuationToken"]}
-        skip = len(self._prefix) + 1 if self._prefix else 0
-        # A name that ends in "/" is some other tool's mark for a folder.
-        return iter(sorted(name[skip:] for name in found if not name.endswith("/")))
+        return (stored.key for stored in self.listing(prefix))
+
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        found = [
+            Stored(self._key(item["Key"]), int(item["Size"]), _age(page, item["LastModified"]))
+            for page in self._pages(
+                "list_objects_v2", prefix, {"NextContinuationToken": "ContinuationToken"}
+            )
+            for item in page.get("Contents", [])
+            # A name that ends in "/" is some other tool's mark for a folder.
+            if not item["Key"].endswith("/")
+        ]
+        return iter(sorted(found))
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        more = {"NextKeyMarker": "KeyMarker", "NextUploadIdMarker": "UploadIdMarker"}
+        found: list[Unfinished] = []
+        with suppress(MissingKey):  # how some servers say that there are none
+            for page in self._pages("list_multipart_uploads", prefix, more):
+                found += [
+                    Unfinished(
+                        self._key(item["Key"]), item["UploadId"], _age(page, item["Initiated"])
+                    )
+                    for item in page.get("Uploads", [])
+                ]
+        return iter(sorted(found))
+
+    def discard(self, write: Unfinished) -> None:
+        name = self._name(write.key)
+        # It may have ended meanwhile.
+        with suppress(MissingKey), self._translated(write.key):
+            self._call("abort_multipart_upload", Key=name, UploadId=write.id)
 
     def remove(self, key: str) -> None:
         name = self._name(key)
@@ -134,38 +205,89 @@ class S3Store:
             self._call("delete_object", Key=name)
 
     def _write_parts(self, name: str, first: bytes, stream: BinaryIO) -> None:
+        begun = time.monotonic()
         upload = self._call("create_multipart_upload", Key=name)["UploadId"]
 
-        def send(number: int, chunk: bytes) -> dict[str, Any]:
-            sent = self._call(
+        def send(number: int, chunk: bytes) -> Part:
+            answer = self._call(
                 "upload_part", Key=name, UploadId=upload, PartNumber=number, Body=chunk
             )
-            return {"PartNumber": number, "ETag": sent["ETag"]}
+            return Part(number, answer["ETag"], len(chunk))
 
-        parts: list[dict[str, Any]] = []
-        chunks = [first]
+        parts: list[Part] = []
+        under_way: deque[Future[Part]] = deque()
+        chunk, number = first, 1
         try:
             with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-                while chunks:
-                    numbers = range(len(parts) + 1, len(parts) + 1 + len(chunks))
-                    parts += pool.map(send, numbers, chunks)
-                    chunks = [c for _ in range(_IN_FLIGHT) if (c := _part(stream))]
-            self._call(
-                "complete_multipart_upload",
-                Key=name,
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
-            )
+                try:
+                    while chunk:
+                        self._slots.acquire()
+                        sent = pool.submit(send, number, chunk)
+                        sent.add_done_callback(lambda _: self._slots.release())
+                        under_way.append(sent)
+                        while under_way and under_way[0].done():
+                            parts.append(under_way.popleft().result())
+                        chunk, number = _part(stream), number + 1
+                    parts += [part.result() for part in under_way]
+                finally:
+                    pool.shutdown(cancel_futures=True)
+            self._complete(name, upload, parts, begun)
         except BaseException:
             with suppress(OSError, BotoCoreError):  # the first failure is the one to tell
                 self._call("abort_multipart_upload", Key=name, UploadId=upload)
             raise
 
+    def _complete(self, name: str, upload: str, parts: list[Part], begun: float) -> None:
+        try:
+            self._call(
+                "complete_multipart_upload",
+                Key=name,
+                UploadId=upload,
+                MultipartUpload={
+                    "Parts": [{"PartNumber": part.number, "ETag": part.tag} for part in parts]
+                },
+            )
+        except OSError as error:
+            # The answer to an attempt that succeeded was lost; the next one finds no upload.
+            size, seconds = sum(part.size for part in parts), time.monotonic() - begun
+            if _code(error) != "NoSuchUpload" or not self._is_there(name, size, seconds):
+                raise
+
+    def _is_there(self, name: str, size: int, seconds: float) -> bool:
+        """Whether an object of that size was written in the last seconds."""
+        with suppress(FileNotFoundError):
+            answer = self._call("head_object", Key=name)
+            # Its time is given in whole seconds.
+            young = _age(answer, answer["LastModified"]) <= seconds + 1
+            return young and int(answer["ContentLength"]) == size
+        return False
+
+    def _pages(
+        self, method: str, prefix: str, markers: Mapping[str, str]
+    ) -> Iterator[dict[str, Any]]:
+        """The pages of a listing; `markers` say in an answer and in a request where one starts."""
+        start = self._name(prefix) if prefix else self._prefix
+        more: dict[str, Any] = {}
+        with self._translated(prefix):
+            while True:
+                page = self._call(method, Prefix=f"{start}/" if start else "", **more)
+                yield page
+                if not page.get("IsTruncated"):
+                    return
+                more = {sent: page[found] for found, sent in markers.items() if page.get(found)}
+
+    def _key(self, name: str) -> str:
+        return name[len(self._prefix) + 1 :] if self._prefix else name
+
     def _no_bucket(self) -> StoreError:
         return StoreError(f"{self.url}: the bucket {self._bucket} does not exist; create it first")
 
-    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        return cast(dict[str, Any], self._files.call_s3(method, Bucket=self._bucket, **arguments))
+    def _call(self, method: str, attempts: int = _ATTEMPTS, **arguments: Any) -> dict[str, Any]:
+        def call() -> dict[str, Any]:
+            answer = self._files.call_s3(method, Bucket=self._bucket, **arguments)
+            return cast(dict[str, Any], answer)
+
+        return retried(call, _passes, attempts)
 
     def _name(self, key: str) -> str:
         check_key(key)
@@ -185,11 +307,16 @@ class S3Store:
                 "or AWS_PROFILE"
             ) from error
         except PermissionError as error:
+            if _code(error) == "RequestTimeTooSkewed":
+                raise StoreError(
+                    f"{where}: the server refuses requests because the clocks differ "
+                    f"({_sentence(error)}); set this machine's clock"
+                ) from error
             raise StoreError(
                 f"{where}: the server refuses the AWS credentials ({_sentence(error)}); check the "
                 "key, its secret and its rights on the bucket"
             ) from error
-        except (OSError, BotoCoreError) as error:
+        except (OSError, BotoCoreError, ConnectionBroken) as error:
             raise StoreError(
                 f"{where}: the store does not answer as it should ({_sentence(error)}); check the "
                 "endpoint and the network"
@@ -243,6 +370,27 @@ def _part(stream: BinaryIO) -> bytes:
         pieces.append(piece)
         left -= len(piece)
     return b"".join(pieces)
+
+
+def _age(answer: dict[str, Any], moment: datetime) -> float:
+    """Seconds from a moment to an answer, both by the server's clock."""
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return (now - moment).total_seconds()
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
+    response = getattr(error.__cause__ or error, "response", None)
+    if response is None:
+        return isinstance(error, _BROKEN) and not isinstance(error, FileNotFoundError)
+    status: int = response["ResponseMetadata"]["HTTPStatusCode"]
+    return status >= 500 or status == 429 or _code(error) in _PASSING
+
+
+def _code(error: BaseException) -> str:
+    """The S3 error code behind an error that s3fs raised."""
+    response = getattr(error.__cause__ or error, "response", None)
+    return str(response["Error"].get("Code", "")) if response else ""
 
 
 def _sentence(error: Exception) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
+
+from pydantic import PositiveFloat
 
 from storage.errors import StoreError
 from storage.section import Section
@@ -23,6 +25,28 @@ class StoreOptions(Section):
     checksum: Literal["when_required", "when_supported"] = "when_required"
     """When requests and responses carry a checksum of the transport. Many S3-compatible servers
     get the optional ones wrong on ranged reads; manifests verify every file in any case."""
+    timeout: PositiveFloat = 60.0
+    """Seconds without an answer after which a request is tried again."""
+
+
+class Unfinished(NamedTuple):
+    """A write that has not ended: one under way, or one whose writer was killed."""
+
+    key: str
+    """Of a folder store the name of the unfinished file, which does not tell the key."""
+    id: str
+    seconds: float
+    """Since it began, by the store's own clock."""
+
+
+class Stored(NamedTuple):
+    """A body under a key."""
+
+    key: str
+    size: int
+    """Bytes."""
+    seconds: float
+    """Since it was written, by the store's own clock."""
 
 
 class Store(Protocol):
@@ -42,6 +66,10 @@ class Store(Protocol):
         """The seekable body, at its start; the caller closes it. Raises `MissingKey`."""
         ...
 
+    def ranged(self, key: str, start: int, end: int) -> bytes:
+        """The bytes from `start` up to `end`, fewer where the body ends. Raises `MissingKey`."""
+        ...
+
     def write(self, key: str, body: BinaryIO | bytes) -> None:
         """Store the body, all or nothing: an exception or a kill leaves the key as it was.
 
@@ -58,6 +86,18 @@ class Store(Protocol):
 
     def remove(self, key: str) -> None:
         """Remove the key; an absent one is fine, so that a removal can be repeated."""
+        ...
+
+    def listing(self, prefix: str) -> Iterator[Stored]:
+        """What `keys` lists, with sizes and ages."""
+        ...
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        """Writes under the prefix that have not ended; "" is the whole store."""
+        ...
+
+    def discard(self, write: Unfinished) -> None:
+        """Take an unfinished write's bytes away; its writer, if it lives, fails."""
         ...
 
 

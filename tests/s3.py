@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +29,10 @@ class S3Server:
     bucket: str
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """The server, on a free loopback port, with one bucket; ended with the session."""
-    root = tmp_path_factory.mktemp("s3")
-    (root / _BUCKET).mkdir()
+@contextmanager
+def serving(root: Path) -> Iterator[S3Server]:
+    """A server of a new folder, on a free loopback port, with one bucket; ended with the block."""
+    (root / _BUCKET).mkdir(parents=True)
     port = _free_port()
     server = S3Server(f"http://127.0.0.1:{port}", "espalier-key", "espalier-secret", _BUCKET)
     log = root.with_name(f"{root.name}.log")
@@ -56,19 +56,34 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         process.wait(timeout=10)
 
 
+def environment(server: S3Server) -> dict[str, str]:
+    """The variables by which a process finds the server, and nothing else."""
+    return {
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_ACCESS_KEY_ID": server.key,
+        "AWS_SECRET_ACCESS_KEY": server.secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        # Without it a wrong set-up would ask the cloud's metadata address for credentials.
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The server of the whole session."""
+    with serving(tmp_path_factory.mktemp("s3") / "root") as server:
+        yield server
+
+
 @pytest.fixture
 def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh `s3://bucket/prefix`; endpoint and credentials are in the environment."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    # Without it a wrong set-up would ask the cloud's metadata address for credentials.
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    for name, value in environment(s3_server).items():
+        monkeypatch.setenv(name, value)
     return f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
 
 

@@ -17,9 +17,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from storage.errors import EspalierError
+from storage.shards import dtypes
+from storage.stored import StoredTensors
 from trainers.data.latents import Latents, shares, training_inputs
 from trainers.distilled import Distilled, Observed, detached, joined
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
@@ -62,7 +64,7 @@ class Start:
     losses: Sequence[float] = ()
     """Of all steps so far."""
     optimizer_tensors: Mapping[str, Tensor] | None = None
-    """What `snapshot` gave, when `at` is inside a phase."""
+    """What `held_tensors` gave, when `at` is inside a phase."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def recover(
 
     The schedule's learning rates are multiplied by `rate`. A loss `spike` times the median of those
     before it, of which `past` has the ones before `at`, raises LossSpikeError.
-    `optimizer_tensors` continues inside a phase: what `snapshot` gave there. `report` gets each
+    `optimizer_tensors` continues inside a phase: what `held_tensors` gave there. `report` gets each
     step's position and loss; `mean` averages over the ranks, when there are several.
     Raises NanLossError, naming phase and step, on every rank alike.
     """
@@ -298,50 +300,41 @@ def examples_of(
     return examples
 
 
-def snapshot(
-    student: Distilled, optimizer: torch.optim.Optimizer | None, keep: bool = True
-) -> dict[str, Tensor]:
-    """All weights, their average, and the optimizer's moments, by name, whole and on the CPU.
-
-    Sharded ones are gathered one at a time: every rank must call this, and those without `keep`
-    get an empty dict and hold nothing. Without shards the tensors are the live ones, not copies.
-    """
-    kept: dict[str, Tensor] = {}
+def held_tensors(student: Distilled, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """All weights, their average, and the optimizer's moments, by name: the live ones, sharded
+    where they are."""
+    held: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters():
-        states = {f"{_STUDENT}{name}": parameter.detach()}
+        held[f"{_STUDENT}{name}"] = parameter.detach()
         if student.average is not None:
-            states[f"{_AVERAGE}{name}"] = student.average[name]
+            held[f"{_AVERAGE}{name}"] = student.average[name]
         if optimizer is not None:
             for key, value in moments(optimizer, parameter).items():
-                states[f"{_OPTIMIZER}{key}/{name}"] = value
-        for key, value in states.items():
-            whole = full(value)
-            if keep:
-                kept[key] = whole.cpu()
-    return kept
+                held[f"{_OPTIMIZER}{key}/{name}"] = value
+    return held
 
 
 def student_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in a snapshot, named as in the student model itself."""
+    """The weights among held tensors, named as in the student model itself."""
     prefix = f"{_STUDENT}student."
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
 def restore_weights(student: Distilled, tensors: Mapping[str, Tensor]) -> None:
-    """Puts a snapshot's weights and their average into the student, sharded or not."""
+    """Puts held weights and their average into the student."""
     averages = {}
     for name, parameter in student.named_parameters():
-        parameter.copy_(_like(tensors[f"{_STUDENT}{name}"], parameter))
+        parameter.copy_(tensors[f"{_STUDENT}{name}"])
         if f"{_AVERAGE}{name}" in tensors:
-            averages[name] = _like(tensors[f"{_AVERAGE}{name}"], parameter).clone()
+            averages[name] = tensors[f"{_AVERAGE}{name}"].clone()
     student.average = averages or None
 
 
 def restore_optimizer(
     student: Distilled, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts a snapshot's moments into an optimizer that has not stepped yet."""
+    """Puts held moments into an optimizer that has not stepped yet."""
     names = {parameter: name for name, parameter in student.named_parameters()}
     kinds = sorted({key.split("/")[1] for key in tensors if key.startswith(_OPTIMIZER)})
     held: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -350,25 +343,36 @@ def restore_optimizer(
             for kind in kinds:
                 value = tensors.get(f"{_OPTIMIZER}{kind}/{names[parameter]}")
                 if value is not None:  # a parameter that never had a gradient has no moments
-                    sharded = _like(value, parameter) if value.dim() else value
-                    held.setdefault(parameter, {})[kind] = sharded
+                    held.setdefault(parameter, {})[kind] = value.clone()
     set_moments(optimizer, held)
+
+
+def read_held(student: Distilled, stored: StoredTensors) -> dict[str, Tensor]:
+    """Reads stored weights and their average into the student, and returns the optimizer's moments,
+    sharded as the parameters are. DamagedError names a file that is not whole."""
+    parameters = dict(student.named_parameters())
+    made: dict[str, Tensor] = {}
+    averages: dict[str, Tensor] = {}
+    for key, entry in stored.index.items():
+        _, _, name = key.partition("/")
+        if key.startswith(_OPTIMIZER):
+            parameter = parameters[name.partition("/")[2]].detach()
+            like = entry.shape == tuple(parameter.shape) and parameter.dim() > 0
+            made[key] = (
+                torch.empty_like(parameter)
+                if like
+                else torch.empty(entry.shape, dtype=dtypes()[entry.dtype], device=parameter.device)
+            )
+        elif key.startswith(_AVERAGE):
+            averages[name] = torch.empty_like(parameters[name].detach())
+    student.average = averages or None
+    stored.fill({**held_tensors(student, None), **made})
+    return made
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, placed as the parameter is."""
-    whole = whole.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        # Every rank has read the whole, so nothing is sent: each cuts out its own part.
-        return distribute_tensor(
-            whole, parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-    return whole
 
 
 def _span_backward(

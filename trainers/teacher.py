@@ -17,6 +17,7 @@ from pydantic import JsonValue
 from storage.digest import digest_json, sha256_file
 from storage.errors import DamagedError, EspalierError
 from storage.manifest import MANIFEST, Manifest, published
+from storage.registry import located
 from storage.store import Store, open_store
 from storage.tensors import check_safetensors
 from trainers.cache import local_copy
@@ -215,7 +216,7 @@ def stored_dtype(part: Path) -> torch.dtype:
 
 
 def _folder(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = Path(located(name) if "://" not in name else name).expanduser()
     if path.is_dir():
         return path.resolve()
     if not _HUB_NAME.fullmatch(name) or path.parent.exists():

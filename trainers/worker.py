@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import secrets
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
@@ -26,17 +28,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from storage.stored import StoredTensors
     from trainers.distilled import Distilled
     from trainers.recovery import Position
     from trainers.teacher import Teacher
 
 LOSSES = "losses.json"
 PLAN = "plan.json"
-OUTSIDE = "outside.safetensors"
-"""The student's weights outside its blocks; each block has a file of its own."""
 
 _REPORTS = 20
-_KEPT_CHECKPOINTS = 2
 
 
 class RecoveryJob(Section):
@@ -75,6 +75,8 @@ class RecoveryJob(Section):
     """Prefix of the student that the whole schedule ends with."""
     checkpoint_every: PositiveInt
     """Optimizer steps between checkpoints."""
+    keep_checkpoints: PositiveInt
+    """How many of them stay."""
     timeout: PositiveFloat
     """Seconds after which a worker that takes no step ends itself."""
     shard_teacher: bool
@@ -110,7 +112,7 @@ def train_loop(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from storage.checkpoint import keep_last, latest_checkpoint, save_checkpoint
+    from storage.checkpoint import Checkpoint, Saver, latest_checkpoint
     from storage.manifest import publish, withdraw
     from trainers.data.latents import open_latents
     from trainers.distilled import CALLED
@@ -122,10 +124,10 @@ def train_loop(config: dict[str, Any]) -> None:
         Position,
         Start,
         examples_of,
+        held_tensors,
+        read_held,
         recover,
         recover_steadily,
-        restore_weights,
-        snapshot,
         student_weights,
     )
     from trainers.sharded import load_distilled, load_observed
@@ -154,16 +156,26 @@ def train_loop(config: dict[str, Any]) -> None:
 
     losses: list[float] = []
     before = 0.0
+    token = _token()
+    saver = Saver(
+        store, job.checkpoints, rank=rank, world=world, token=token, keep=job.keep_checkpoints
+    )
 
     def latest() -> Start | None:
         nonlocal before
-        checkpoint = latest_checkpoint(store, job.checkpoints)
+        saver.finish()
+        tensors: dict[str, Tensor] = {}
+
+        def load(checkpoint: Checkpoint) -> None:
+            tensors.clear()  # of a newer checkpoint that another rank found damaged
+            tensors.update(read_held(student, checkpoint.tensors))
+
+        checkpoint = latest_checkpoint(store, job.checkpoints, load, _least_over_ranks)
         if checkpoint is None:
             return None
         state = cast("dict[str, Any]", checkpoint.state)
         losses[:], before = state["losses"], max(before, state["seconds"])
-        restore_weights(student, checkpoint.tensors)
-        return Start(Position(*state["at"]), tuple(losses), checkpoint.tensors)
+        return Start(Position(*state["at"]), tuple(losses), tensors)
 
     def go_back() -> Start:
         start = latest()
@@ -196,11 +208,9 @@ def train_loop(config: dict[str, Any]) -> None:
         if done == total or (done % job.checkpoint_every and done != job.until):
             return
         # Between phases the optimizer starts anew.
-        held = snapshot(student, optimizer if at.step else None, keep=first)
-        if first:
-            state = {"at": [at.phase, at.step], "losses": losses, "seconds": seconds()}
-            save_checkpoint(store, job.checkpoints, done, held, cast("JsonValue", state))
-            keep_last(store, job.checkpoints, _KEPT_CHECKPOINTS)
+        held = held_tensors(student, optimizer if at.step else None)
+        state = {"at": [at.phase, at.step], "losses": losses, "seconds": seconds()}
+        saver.save(done, held, cast("JsonValue", state))
 
     def on_all_ranks(found: bool) -> bool:
         return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
@@ -227,6 +237,8 @@ def train_loop(config: dict[str, Any]) -> None:
         recover_steadily(run, start, go_back, job.step, said=logging.getLogger(__name__).warning)
     except NanLossError as error:
         failed = str(error)
+    alive()
+    saver.finish()
     took, fidelity = seconds(), cast("float | None", None)
     if not failed:
         student.become_average()
@@ -235,14 +247,16 @@ def train_loop(config: dict[str, Any]) -> None:
             runs=CALLED, agreed=on_all_ranks, save=first,
         )  # fmt: skip
         fidelity = fidelity_loss(student, CALLED, probe)
-    held = {} if failed else snapshot(student, None, keep=first)
+        if not on_all_ranks(math.isfinite(fidelity)):
+            failed, fidelity = "the recovered student's velocity is not finite", None
+        elif job.until == total:
+            alive()
+            weights = student_weights(held_tensors(student, None))
+            publish_student(
+                store, job.student, job.plan, weights, teacher, dtype, rank=rank, world=world,
+                token=token,
+            )  # fmt: skip
     if first:
-        if not failed:
-            weights = {name: t.to(dtype) for name, t in student_weights(held).items()}
-            if fidelity is None or not math.isfinite(fidelity):
-                failed, fidelity = "the recovered student's velocity is not finite", None
-            elif job.until == total:
-                publish_student(store, job.student, job.plan, weights, teacher)
         outcome = RecoveryOutcome(
             fidelity_loss=fidelity, failed=failed, seconds=took, steps=len(losses)
         )
@@ -260,28 +274,34 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def publish_student(
-    store: Store, prefix: str, plan: Plan, weights: dict[str, Tensor], teacher: Teacher
+    store: Store,
+    prefix: str,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    teacher: Teacher,
+    dtype: torch.dtype | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    token: str = "0",
 ) -> None:
-    """Store the student of a recovery: a file a block, so that no large whole is ever serialised.
+    """Store the student of a recovery, its floating-point weights in `dtype`; each rank its shards.
 
     `weights` are named as in the student's model.
     """
-    from functools import partial
+    from storage.shards import publish_tensors
 
-    from storage.manifest import Body, publish
-    from storage.tensors import save_tensors
-
-    grouped: dict[str, dict[str, Tensor]] = {}
-    prefixes = teacher.family.block_prefixes(teacher.config, plan)
-    for name, tensor in weights.items():
-        number = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
-        file = OUTSIDE if number is None else f"block-{number:03d}.safetensors"
-        grouped.setdefault(file, {})[name] = tensor
-    files: dict[str, Body] = {
-        file: partial(save_tensors, tensors) for file, tensors in grouped.items()
-    }
-    files[PLAN] = plan.to_json().encode()
-    publish(store, prefix, files, {"teacher": teacher.digest, "plan": plan.digest})
+    publish_tensors(
+        store,
+        prefix,
+        weights,
+        {PLAN: plan.to_json().encode()},
+        {"teacher": teacher.digest, "plan": plan.digest},
+        rank=rank,
+        world=world,
+        token=token,
+        dtype=dtype,
+    )
 
 
 def load_student(
@@ -291,18 +311,24 @@ def load_student(
 
     Raises MissingKey when it has none, DamagedError naming a file that is not whole.
     """
+    import torch
+
+    stored, plan = open_student(store, prefix)
+    model = teacher.family.build(teacher.config, plan, "meta")
+    weights = {name: torch.empty_like(t, device=device) for name, t in stored.like().items()}
+    stored.fill(weights)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval(), plan
+
+
+def open_student(store: Store, prefix: str) -> tuple[StoredTensors, Plan]:
+    """The weights of a student that a recovery stored, by name, not yet read, and its plan."""
     from storage.manifest import published, read_bytes
-    from storage.tensors import load_tensors
+    from storage.stored import open_tensors
 
     manifest = published(store, prefix)
     plan = Plan.from_json(read_bytes(store, prefix, PLAN, manifest), f"{store.url}/{prefix}/{PLAN}")
-    assert manifest is not None, prefix
-    weights: dict[str, Tensor] = {}
-    for file in manifest.files:
-        if file != PLAN:
-            content = read_bytes(store, prefix, file, manifest)
-            weights |= load_tensors(content, f"{store.url}/{prefix}/{file}")
-    return _built(teacher, plan, weights, device), plan
+    return open_tensors(store, prefix, manifest), plan
 
 
 def stored_plan(store: Store, prefix: str) -> Plan | None:
@@ -324,17 +350,25 @@ def read_outcome(store: Store, prefix: str) -> RecoveryOutcome | None:
     return None if manifest is None else RecoveryOutcome.model_validate(manifest.meta)
 
 
-def _built(
-    teacher: Teacher, plan: Plan, weights: dict[str, Tensor], device: torch.device | str
-) -> torch.nn.Module:
-    model = teacher.family.build(teacher.config, plan, "meta")
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False).eval().to(device)
-
-
 def _mean_over_ranks(value: Tensor) -> Tensor:
     import torch.distributed
 
     value = value.clone()
     torch.distributed.all_reduce(value)
     return value / torch.distributed.get_world_size()
+
+
+def _least_over_ranks(value: int) -> int:
+    import torch
+    import torch.distributed
+
+    least = torch.tensor(value)
+    if torch.distributed.get_backend() == "nccl":
+        least = least.cuda()
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
+def _token() -> str:
+    """A word that all ranks of this attempt have, and no other attempt."""
+    return f"{_least_over_ranks(secrets.randbits(62)):016x}"

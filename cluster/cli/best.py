@@ -12,7 +12,6 @@ from cluster.cli.common import Json, endings, print_json, quieten_libraries
 from storage.errors import EspalierError
 
 if TYPE_CHECKING:
-    from storage.manifest import Manifest
     from storage.registry import Entry
     from storage.store import Store
 
@@ -70,12 +69,10 @@ def get(
     Example: espalier best get 50pct --out half
     """
     with endings():
-        from storage import layout
         from storage.manifest import fetch
 
         store = _open(storage)
-        _required(store, budget)
-        fetch(store, layout.best(budget), out)
+        fetch(store, _best_model(store, budget), out)
         print(f"{out}: the best at {budget}")
 
 
@@ -86,19 +83,15 @@ def verify(budget: Label, storage: Storage = "runs") -> None:
     Example: espalier best verify 50pct
     """
     with endings():
-        from storage import layout
         from storage.manifest import fetch
-        from storage.manifest import verify as verify_files
 
         store = _open(storage)
-        _required(store, budget)
-        prefix = layout.best(budget)
-        manifest = verify_files(store, prefix)
+        prefix = _best_model(store, budget)
         quieten_libraries()
         from trainers.export import load_pipeline
 
         with tempfile.TemporaryDirectory(prefix="espalier-verify-") as scratch:
-            fetch(store, prefix, Path(scratch), manifest)
+            manifest = fetch(store, prefix, Path(scratch))
             pipeline: Any = load_pipeline(Path(scratch))
             parameters = sum(p.numel() for p in pipeline.transformer.parameters())
         size = sum(entry.size for entry in manifest.files.values())
@@ -117,14 +110,12 @@ def rm(
     storage: Storage = "runs",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a model from the registry, and from best/BUDGET when it lies there.
+    """Remove a model and its entry in the registry.
 
     What the sweep that made it keeps of it stays. Example: espalier best rm 50pct --plan 72269575
     """
     with endings():
-        from storage import layout
-        from storage.manifest import published, withdraw
-        from storage.registry import remove
+        from storage.registry import withdraw_entry
 
         store = _open(storage)
         chosen = [entry for entry in ranked(store, budget) if entry.plan_digest.startswith(plan)]
@@ -137,12 +128,8 @@ def rm(
             print(_line(entry))
         if not yes:
             typer.confirm("Remove?", abort=True)
-        manifest = published(store, layout.best(budget))
         for entry in chosen:
-            remove(store, entry)
-        if manifest is not None and any(_lies_there(entry, manifest) for entry in chosen):
-            withdraw(store, layout.best(budget))
-            print(f"{store.url}/{layout.best(budget)}: removed; the next sweep publishes its best")
+            withdraw_entry(store, entry)
 
 
 def ranked(store: Store, budget: str | None = None) -> list[Entry]:
@@ -158,21 +145,21 @@ def _open(storage: str) -> Store:
     return open_store(storage)
 
 
-def _required(store: Store, budget: str) -> None:
-    from storage import layout
-    from storage.manifest import published
+def _best_model(store: Store, budget: str) -> str:
+    """The prefix of the best model of a budget."""
+    from storage.registry import best
 
-    if published(store, layout.best(budget)) is None:
+    entry = best(store, budget)
+    if entry is None:
         there = sorted({entry.budget for entry in ranked(store)})
         known = f"there are {', '.join(there)}" if there else "nothing is published there yet"
         raise NothingPublishedError(f"{store.url}: no best model at {budget}; {known}")
-
-
-def _lies_there(entry: Entry, manifest: Manifest) -> bool:
-    return (manifest.meta.get("student"), manifest.meta.get("plan")) == (
-        entry.prefix,
-        entry.plan_digest,
-    )
+    if entry.model is None:
+        raise NothingPublishedError(
+            f"{store.url}: the best at {budget}, plan {entry.plan_digest}, was published by an "
+            f"earlier version; run the publish stage of sweep {entry.sweep} again"
+        )
+    return entry.model
 
 
 def _line(entry: Entry) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typer
 
-from cluster.cli import best, models, run, show
+from cluster.cli import best, gc, models, run, show
 
 app = typer.Typer(
     name="espalier",
@@ -35,6 +35,7 @@ run.register(app)
 show.register(app)
 models.register(app)
 best.register(app)
+gc.register(app)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
 from storage import layout
 from storage.digest import digest_json
+from storage.registry import keep_best
 from trainers.progress import Progress
 from trainers.students.counts import plan_parameters
 from trainers.teacher import Teacher
@@ -68,15 +69,16 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             [_finalist(sweep, recovery) for recovery in recoveries],
             judge_decides(sweep.config.search.objectives),
         )
-        prefix = register(sweep.store, sweep.teacher, sweep.name, finalist)
-        write_model(
+        prefix = write_model(
             sweep.store,
-            prefix,
             sweep.teacher,
             finalist,
             _card_facts(sweep, finalist),
             sweep.config.data.resolution,
         )
+        register(sweep.store, sweep.teacher, sweep.name, finalist)
+        if sweep.config.keep_models is not None:
+            keep_best(sweep.store, budget, sweep.teacher.digest, sweep.config.keep_models)
         students[budget] = {"finalist": finalist.prefix, "prefix": prefix}
     found = ratios(sweep, [(r.plan, r.student) for rs in candidates.values() for r in rs])
     said = f"{len(students)} models published{told(found)}"

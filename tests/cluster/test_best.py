@@ -18,6 +18,7 @@ from trainers.students.counts import plan_parameters
 from trainers.students.plan import identity_plan
 from trainers.teacher import open_teacher
 
+BEST = "best/50pct/bbbb"
 START = datetime(2026, 9, 1, tzinfo=UTC)
 
 
@@ -34,14 +35,14 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def store(url: str, tiny_pipeline: Path) -> Store:
-    """Two students at 50pct, the better of which lies in best/, and one at 10B."""
+    """Two models at 50pct, the better of which is a whole one, and one at 10B."""
     store = open_store(url)
     for minutes, (budget, plan, score) in enumerate(
         [("50pct", "aaaa", 0.5), ("50pct", "bbbb", 0.9), ("10B", "cccc", None)]
     ):
         entry = Entry(
             budget=budget, plan_digest=plan, teacher="t", sweep="one", prefix=f"students/{plan}",
-            parameters=100, fidelity_loss=0.25, judge_score=score,
+            model=layout.model(budget, plan), parameters=100, fidelity_loss=0.25, judge_score=score,
             created=START + timedelta(minutes=minutes),
         )  # fmt: skip
         add(store, entry)
@@ -50,7 +51,8 @@ def store(url: str, tiny_pipeline: Path) -> Store:
         for file in tiny_pipeline.rglob("*")
         if file.is_file()
     }
-    publish(store, layout.best("50pct"), files, {"student": "students/bbbb", "plan": "bbbb"})
+    publish(store, layout.model("50pct", "aaaa"), {"model_index.json": b"{}"})
+    publish(store, BEST, files)
     return store
 
 
@@ -82,7 +84,7 @@ def test_fetches_and_verifies(store: Store, tiny_pipeline: Path, tmp_path: Path)
 
 
 def test_an_altered_file_is_named(store: Store, tmp_path: Path) -> None:
-    key = f"{layout.best('50pct')}/model_index.json"
+    key = f"{BEST}/model_index.json"
     store.write(key, b"{}")
     for command in (("verify",), ("get", "--out", tmp_path / "out")):
         shown = espalier(*command, "50pct", "--storage", store.url)
@@ -103,7 +105,8 @@ def test_removes_one_model_after_asking(store: Store) -> None:
     assert len(entries(store)) == 3
     espalier("rm", "50pct", "--plan", "aa", "--storage", store.url, "--yes")
     assert [entry.plan_digest for entry in entries(store)] == ["bbbb", "cccc"]
-    assert published(store, layout.best("50pct")) is not None
+    assert published(store, layout.model("50pct", "aaaa")) is None
+    assert published(store, BEST) is not None
     espalier("rm", "50pct", "--plan", "bbbb", "--storage", store.url, "--yes")
     assert [entry.plan_digest for entry in entries(store)] == ["cccc"]
     assert list(store.keys(layout.best("50pct"))) == []

@@ -73,11 +73,13 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
     (student,) = events[-1]["students"]
     store = open_store(s3_url)
 
-    best = published(store, "best/60pct")
+    prefix = student["url"].removeprefix(f"{s3_url}/")
+    assert prefix.startswith("best/60pct/")
+    best = published(store, prefix)
     assert best is not None
     assert best.meta["plan"] == student["plan"]
     folder = tmp_path / "student"
-    fetch(store, "best/60pct", folder)
+    fetch(store, prefix, folder)
     assert load_plan(folder / "plan.json").digest == student["plan"]
     assert (folder / "README.md").read_text().startswith("---")
     report = published(store, "sweeps/tiny/report")

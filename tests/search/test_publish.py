@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from search.objectives import Objective, judge_decides
-from search.publish import Finalist, choose, register
+from search.publish import Finalist, choose, model_prefix, register
 from search.report.data import Scores
+from storage.registry import best
 from storage.store import Store, open_store
 from trainers.schedule import Phase, Schedule
 from trainers.students.plan import identity_plan
@@ -56,16 +57,24 @@ def test_the_objective_that_is_named_first_decides() -> None:
         assert choose(finalists, judge_decides(objectives)).loss_after == loss
 
 
-def test_best_holds_the_best_of_all_sweeps(store: Store, teacher: Teacher) -> None:
-    assert register(store, teacher, "one", finalist(0.2)) == "best/50pct"
-    worse = register(store, teacher, "two", finalist(0.3, prefix="b/student"))
-    assert worse == "sweeps/two/students/50pct"
-    better = register(store, teacher, "three", finalist(0.1, prefix="c/student"))
-    assert better == "best/50pct"
+def test_the_best_of_all_sweeps_is_computed(store: Store, teacher: Teacher) -> None:
+    worse, better = finalist(0.2), finalist(0.1, prefix="c/student")
+    for sweep, one in (("one", worse), ("two", better), ("three", finalist(0.3, prefix="b"))):
+        register(store, teacher, sweep, one)
+    leader = best(store, "50pct", teacher.digest)
+    assert leader is not None
+    assert leader.sweep == "two"
+    assert leader.model == model_prefix(teacher, better)
+
+
+def test_no_two_recoveries_share_a_place(teacher: Teacher) -> None:
+    one, other = finalist(0.2), finalist(0.2, prefix="b/student")
+    assert model_prefix(teacher, one) != model_prefix(teacher, other)
+    assert model_prefix(teacher, one).startswith(f"best/50pct/{one.plan.digest}-")
 
 
 def test_registering_again_changes_nothing(store: Store, teacher: Teacher) -> None:
     register(store, teacher, "one", finalist(0.2))
     before = list(store.keys("registry"))
-    assert register(store, teacher, "one", finalist(0.2)) == "best/50pct"
+    register(store, teacher, "one", finalist(0.2))
     assert list(store.keys("registry")) == before

@@ -96,23 +96,25 @@ def done(sweep: Sweep, stage: str, facts: dict) -> None:  # type: ignore[type-ar
 def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Path) -> None:
     stage = stage_named("publish")
     run_stage(stage, sweep, silent())
-    best = published(sweep.store, "best/60pct")
+    entry = registry.best(sweep.store, "60pct")
+    assert entry is not None
+    assert entry.model is not None
+    assert entry.model.startswith("best/60pct/")
+    best = published(sweep.store, entry.model)
     assert best is not None
     assert {"model_index.json", "plan.json", "plan.png", "README.md", "espalier.json"} <= set(
         best.files
     )
     assert best.meta["student"] == "sweeps/tiny/recovery/60pct/second/student"
-    entry = registry.best(sweep.store, "60pct")
-    assert entry is not None
     assert entry.fidelity_loss == 0.25
     assert entry.judge_score is not None
-    card = (tmp_path / "runs" / "best" / "60pct" / "README.md").read_text()
+    card = (tmp_path / "runs" / entry.model / "README.md").read_text()
     for words in ("## Judge scores", "counting", sweep.teacher.digest, "library_name: diffusers"):
         assert words in card
 
     from diffusers import QwenImagePipeline
 
-    pipeline = QwenImagePipeline.from_pretrained(tmp_path / "runs" / "best" / "60pct")
+    pipeline = QwenImagePipeline.from_pretrained(tmp_path / "runs" / entry.model)
     assert len(pipeline.transformer.transformer_blocks) == 3
 
     assert stage.state(sweep) == "done"
@@ -126,14 +128,33 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
 
     (student,) = results(sweep)["students"]
     assert student["fidelity_loss"] == 0.25
-    assert student["url"] == str(tmp_path / "runs" / "best" / "60pct")
+    assert student["url"] == str(tmp_path / "runs" / entry.model)
     found = status(sweep)
     assert found["registry"][0]["plan_digest"] == student["plan"]
     assert [s["state"] for s in found["stages"]][-2:] == ["done", "done"]
 
 
 def test_publishing_again_adds_nothing(sweep: Sweep) -> None:
-    run_stage(stage_named("publish"), sweep, silent())
-    before = list(sweep.store.keys("registry")), published(sweep.store, "best/60pct")
-    run_stage(stage_named("publish"), sweep, silent())
-    assert (list(sweep.store.keys("registry")), published(sweep.store, "best/60pct")) == before
+    def there() -> list[tuple[str, int]]:
+        return [(body.key, body.size) for body in sweep.store.listing("")]
+
+    stage = stage_named("publish")
+    run_stage(stage, sweep, silent())
+    before = [(key, size) for key, size in there() if key.startswith(("best/", "registry/"))]
+    run_stage(stage, sweep, silent())
+    assert [(k, s) for k, s in there() if k.startswith(("best/", "registry/"))] == before
+
+
+def test_only_the_best_models_stay_when_asked(sweep: Sweep) -> None:
+    for number, loss in enumerate((0.5, 0.1)):
+        entry = registry.Entry(
+            budget="60pct", plan_digest=f"{number}", teacher=sweep.teacher.digest, sweep="earlier",
+            prefix=f"students/{number}", model=f"best/60pct/{number}", parameters=1,
+            fidelity_loss=loss, judge_score=loss,
+        )  # fmt: skip
+        publish(sweep.store, f"best/60pct/{number}", {"model_index.json": b"{}"})
+        registry.add(sweep.store, entry)
+    one = sweep.config.model_copy(update={"keep_models": 1})
+    run_stage(stage_named("publish"), Sweep(one, sweep.store, sweep.teacher), silent())
+    (left,) = registry.entries(sweep.store, "60pct")
+    assert {key.split("/")[2] for key in sweep.store.keys("best")} == {left.model.split("/")[2]}

@@ -142,7 +142,11 @@ def test_a_name_that_belongs_to_another_teacher_is_refused(sweep: Sweep) -> None
 
 
 def test_a_budget_that_belongs_to_another_teacher_is_refused(sweep: Sweep) -> None:
-    publish(sweep.store, layout.best("60pct"), {}, {"teacher": "0123456789abcdef"})
+    entry = Entry(
+        budget="60pct", plan_digest="p", teacher="0123456789abcdef", sweep="other", prefix="s",
+        parameters=1, fidelity_loss=0.1,
+    )  # fmt: skip
+    add(sweep.store, entry)
     with pytest.raises(SweepError, match=r"best/60pct .* belongs to another teacher"):
         changed(sweep)
 

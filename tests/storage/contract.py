@@ -63,6 +63,15 @@ class StoreContract:
             assert body.read(3) == b"234"
             assert body.read(0) == b""
 
+    def test_ranges_end_where_the_body_does(self, store):
+        store.write("key", b"0123456789")
+        assert store.ranged("key", 2, 5) == b"234"
+        assert store.ranged("key", 4, 4) == b""
+        assert store.ranged("key", 8, 99) == b"89"
+        assert store.ranged("key", 50, 60) == b""
+        with pytest.raises(MissingKey, match="nothing is stored there"):
+            store.ranged("other", 0, 1)
+
     def test_writing_again_replaces(self, store):
         store.write("key", b"a longer first body")
         store.write("key", b"second")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 import storage.checkpoint
-from storage.checkpoint import keep_last, latest_checkpoint, save_checkpoint
+from storage.checkpoint import Checkpoint, Saver, keep_last, latest_checkpoint
+from storage.errors import StoreError
 from storage.store import open_store
 
 
@@ -17,44 +20,47 @@ def steps(store):
     return [key.split("/")[1] for key in store.keys("run") if key.endswith("manifest.json")]
 
 
-def save(store, step):
+def save(store, step, **options):
     tensors = {"w": torch.full((4,), float(step)), "rng": torch.get_rng_state()}
-    save_checkpoint(store, "run", step, tensors, {"phase": 1, "step": step, "losses": [0.5]})
+    saver = Saver(store, "run", keep=9, **options)
+    saver.save(step, tensors, {"phase": 1, "step": step, "losses": [0.5]})
+    saver.finish()
+
+
+def load(store):
+    """The newest whole checkpoint and its weights."""
+    weights = torch.zeros(4)
+    found = latest_checkpoint(store, "run", lambda c: c.tensors.fill({"w": weights}))
+    return found, weights
 
 
 def test_no_checkpoint_is_none(store):
-    assert latest_checkpoint(store, "run") is None
+    assert latest_checkpoint(store, "run", lambda checkpoint: None) is None
 
 
 def test_the_newest_comes_back_with_all_it_carried(store, s3_url):
     for any_store in (store, open_store(s3_url)):
         for step in (9, 10, 2):
             save(any_store, step)
-        found = latest_checkpoint(any_store, "run")
+        found, weights = load(any_store)
         assert found is not None
         assert found.step == 10
-        assert torch.equal(found.tensors["w"], torch.full((4,), 10.0))
-        assert found.tensors["rng"].dtype == torch.uint8
+        assert torch.equal(weights, torch.full((4,), 10.0))
+        assert torch.equal(found.tensors.read("rng"), torch.get_rng_state())
         assert found.state == {"phase": 1, "step": 10, "losses": [0.5]}
-
-
-def test_large_states_go_out_in_several_files(store, monkeypatch):
-    monkeypatch.setattr(storage.checkpoint, "_FILE_BYTES", 40)
-    tensors = {f"t{i}": torch.full((n,), float(i)) for i, n in enumerate([3, 5, 5, 20, 1, 1])}
-    save_checkpoint(store, "run", 1, tensors, None)
-    names = [key for key in store.keys("run") if key.endswith(".safetensors")]
-    assert len(names) == 4
-    found = latest_checkpoint(store, "run")
-    assert found is not None
-    assert found.tensors.keys() == tensors.keys()
-    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda s, at: s.write(f"{at}/tensors-00000.safetensors", b"cut"),
+        lambda s, at: s.write(f"{at}/0-1-rank-00000.safetensors", b"cut"),
+        lambda s, at: s.write(
+            f"{at}/0-1-rank-00000.safetensors",
+            bytes(len(s.read(f"{at}/0-1-rank-00000.safetensors").read())),
+        ),
+        lambda s, at: s.remove(f"{at}/0-1-rank-00000.safetensors"),
         lambda s, at: s.remove(f"{at}/state.json"),
+        lambda s, at: s.write(f"{at}/index.json", b"{}"),
         lambda s, at: s.write(f"{at}/manifest.json", b"{"),
     ],
 )
@@ -62,19 +68,123 @@ def test_a_damaged_newest_one_is_passed_over_with_a_warning(store, caplog, damag
     for step in (1, 2):
         save(store, step)
     damage(store, "run/step-000000002")
-    found = latest_checkpoint(store, "run")
+    found, weights = load(store)
     assert found is not None
     assert found.step == 1
+    assert torch.equal(weights, torch.ones(4))
     assert "step-000000002" in caplog.text
     assert "using the checkpoint before it" in caplog.text
 
 
+def test_one_rank_that_finds_damage_takes_all_to_the_checkpoint_before(store):
+    for step in (1, 2):
+        save(store, step)
+    # What the least over all ranks would be, where another rank cannot read step 2.
+    answers = iter([2, 0, 1, 1])
+    found = latest_checkpoint(store, "run", lambda c: None, lambda value: next(answers))
+    assert isinstance(found, Checkpoint)
+    assert found.step == 1
+
+
 def test_an_unfinished_save_does_not_count(store):
     save(store, 1)
-    store.write("run/step-000000002/tensors-00000.safetensors", b"")
-    found = latest_checkpoint(store, "run")
+    store.write("run/step-000000002/0-1-rank-00000.safetensors", b"")
+    found, _ = load(store)
     assert found is not None
     assert found.step == 1
+
+
+def test_the_first_rank_clears_what_a_killed_attempt_left(store):
+    save(store, 1)
+    store.write("run/step-000000002/0-1-rank-00000.safetensors", b"")
+    Saver(store, "run", rank=1, world=2)
+    assert any("step-000000002" in key for key in store.keys("run"))
+    Saver(store, "run")
+    assert not any("step-000000002" in key for key in store.keys("run"))
+    assert steps(store) == ["step-000000001"]
+
+
+class Slow:
+    """A store whose writes wait to be let go."""
+
+    def __init__(self, store):
+        self._store, self.go, self.writing = store, threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def write(self, key, body):
+        self.writing.set()
+        assert self.go.wait(30)
+        self._store.write(key, body)
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**20])
+def test_training_goes_on_while_a_checkpoint_is_sent(store, monkeypatch, in_memory):
+    monkeypatch.setattr(storage.checkpoint, "_IN_MEMORY", in_memory)
+    slow = Slow(store)
+    saver = Saver(slow, "run")
+    weights = torch.ones(4)
+    saver.save(1, {"w": weights}, None)
+    assert slow.writing.wait(30)
+    weights += 1  # the next step, while the first is under way
+    assert steps(store) == []
+    slow.go.set()
+    saver.save(2, {"w": weights}, None)
+    saver.finish()
+    assert steps(store) == ["step-000000001", "step-000000002"]
+    for step, value in ((2, 2.0), (1, 1.0)):
+        found, read = load(store)
+        assert found is not None
+        assert found.step == step
+        assert torch.equal(read, torch.full((4,), value))
+        store.remove(f"run/step-{step:09d}/manifest.json")
+
+
+def test_an_error_surfaces_at_the_next_save_or_at_the_end(store, monkeypatch):
+    saver = Saver(store, "run")
+
+    def full(key, body):
+        raise StoreError("full")
+
+    for again in (lambda: saver.save(2, {}, None), saver.finish):
+        monkeypatch.setattr(store, "write", full)
+        saver.save(1, {"w": torch.ones(4)}, None)
+        saver._sending.join()
+        monkeypatch.undo()
+        with pytest.raises(StoreError, match="full"):
+            again()
+    saver.save(3, {}, None)
+    saver.finish()
+    assert steps(store) == ["step-000000003"]
+
+
+def test_without_room_to_stage_it_is_sent_as_it_is(store, monkeypatch, caplog):
+    monkeypatch.setattr(storage.checkpoint, "_IN_MEMORY", 0)
+
+    class Full:
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(storage.checkpoint.tempfile, "TemporaryFile", Full)
+    save(store, 1)
+    assert steps(store) == ["step-000000001"]
+    assert "No space left on device" in caplog.text
+    assert "TMPDIR" in caplog.text
+
+
+def test_saving_a_step_again_replaces_it(store):
+    for value in (1.0, 2.0):
+        saver = Saver(store, "run", token=str(value))
+        saver.save(5, {"w": torch.full((4,), value)}, None)
+        saver.finish()
+    found, weights = load(store)
+    assert found is not None
+    assert torch.equal(weights, torch.full((4,), 2.0))
+    assert sum(key.endswith(".safetensors") for key in store.keys("run")) == 1
 
 
 def test_keeps_the_newest_and_what_is_being_written(store):
@@ -92,6 +202,14 @@ def test_keeps_the_newest_and_what_is_being_written(store):
     assert len(steps(store)) == 2
 
 
+def test_a_saver_keeps_the_newest(store):
+    saver = Saver(store, "run", keep=2)
+    for step in (1, 2, 3):
+        saver.save(step, {"w": torch.ones(4)}, None)
+    saver.finish()
+    assert steps(store) == ["step-000000002", "step-000000003"]
+
+
 def test_keeping_none_is_refused(store):
     with pytest.raises(ValueError, match="at least 1"):
         keep_last(store, "run", 0)
@@ -99,5 +217,5 @@ def test_keeping_none_is_refused(store):
 
 def test_nan_in_the_state_is_refused(store):
     with pytest.raises(ValueError, match="JSON"):
-        save_checkpoint(store, "run", 1, {}, {"loss": float("nan")})
+        Saver(store, "run").save(1, {}, {"loss": float("nan")})
     assert list(store.keys("")) == []

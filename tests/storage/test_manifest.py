@@ -200,6 +200,15 @@ def test_a_damaged_manifest_is_named_and_can_be_published_over(store):
     assert read_bytes(store, "p", "a") == b"2"
 
 
+def test_a_manifest_of_which_one_digit_differs_is_named(store):
+    publish(store, "p", {"a": b"1"}, {"loss": 0.125})
+    with store.read("p/manifest.json") as stream:
+        text = stream.read()
+    store.write("p/manifest.json", text.replace(b"0.125", b"0.175"))
+    with pytest.raises(DamagedError, match=r"p/manifest.json: not what was written"):
+        published(store, "p")
+
+
 def test_nan_is_refused_before_anything_is_written(store):
     with pytest.raises(ValueError, match="JSON"):
         publish(store, "p", {"a": b"1"}, {"loss": float("nan")})

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from pydantic import ValidationError
 
 from storage.errors import DamagedError
-from storage.registry import Entry, add, best, entries
+from storage.manifest import publish, verify
+from storage.registry import Entry, add, best, entries, keep_best, located
 from storage.store import open_store
 
 START = datetime(2026, 9, 1, tzinfo=UTC)
@@ -86,6 +89,80 @@ def test_only_one_teachers_models_compare(store):
 def test_nan_is_no_loss():
     with pytest.raises(ValidationError, match="finite"):
         entry("a", float("nan"))
+
+
+def test_the_address_of_a_budget_is_that_of_its_best_model(store):
+    made = [entry(name, loss).model_copy(update={"model": f"best/10B/{name}"}) for name, loss in
+            (("a", 0.2), ("b", 0.1))]  # fmt: skip
+    for one in made:
+        add(store, one)
+    assert located(f"{store.url}/best/10B") == f"{store.url}/best/10B/b"
+    assert located(f"{store.url}/best/10B/") == f"{store.url}/best/10B/b"
+    for other in (f"{store.url}/best/10B/a", f"{store.url}/best/50pct", "Qwen/Qwen-Image", "x"):
+        assert located(other) == other
+
+
+def test_the_best_models_are_kept(store):
+    made = [
+        entry(name, loss, minutes=i, teacher=teacher).model_copy(
+            update={"model": f"best/10B/{name}"}
+        )
+        for i, (name, loss, teacher) in enumerate(
+            [("a", 0.2, "t"), ("b", 0.1, "t"), ("c", 0.3, "t"), ("d", 0.9, "other")]
+        )
+    ]
+    for one in made:
+        publish(store, one.model, {"w": b"1"})
+        add(store, one)
+    assert keep_best(store, "10B", "t", 2) == [made[2]]
+    assert entries(store) == [made[0], made[1], made[3]]
+    assert {key.split("/")[2] for key in store.keys("best")} == {"a", "b", "d"}
+    with pytest.raises(ValueError, match="at least 1"):
+        keep_best(store, "10B", "t", 0)
+
+
+def test_entries_of_the_first_version_stay_readable():
+    old = entry("a", 0.1).model_dump(mode="json", exclude={"model"})
+    assert Entry.model_validate(old).model is None
+
+
+PUBLISHER = """
+import sys
+from storage.manifest import publish
+from storage.registry import Entry, add
+from storage.store import open_store
+store, who = open_store(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(20):
+    model = f"best/10B/{who}-{i}"
+    publish(store, model, {"w": who.encode() * 1000})
+    add(store, Entry(budget="10B", plan_digest=f"{who}-{i}", teacher="t", sweep=who, prefix="s",
+                     model=model, parameters=1, fidelity_loss=1 / (1 + i)))
+"""
+
+
+def test_sweeps_that_publish_at_once_lose_nothing(store):
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUBLISHER, store.url, who],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for who in ("one", "two", "three")
+    ]  # fmt: skip
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in running:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    found = entries(store)
+    assert len(found) == 60
+    assert all(verify(store, one.model).files["w"].size == len(one.sweep) * 1000 for one in found)
+    leader = best(store, "10B")
+    assert leader.fidelity_loss == 1 / 20
 
 
 def test_a_damaged_entry_is_named(store):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 import trainers.export
-from trainers.export import ExportError, export_student, load_pipeline
+from storage.manifest import fetch, publish
+from storage.shards import publish_tensors
+from storage.store import open_store
+from storage.stored import open_tensors
+from trainers.export import ExportError, export_student, load_pipeline, pipeline_files
 from trainers.students.plan import BlockPlan, Plan, load_plan, uniform_plan
 from trainers.students.surgery import assemble
 from trainers.teacher import TeacherError
@@ -70,7 +75,7 @@ def test_dtype_is_cast_in_the_files_only(teacher, tmp_path):
 
 
 def test_a_large_student_is_sharded(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainers.export, "SHARD_SIZE", "50KB")
+    monkeypatch.setattr(trainers.export, "SHARD_BYTES", 50_000)
     student = assemble(teacher.transformer(), WIDTH)
     export_student(teacher, student, WIDTH, tmp_path / "student")
     shards = list((tmp_path / "student" / "transformer").glob("*-of-*.safetensors"))
@@ -82,6 +87,30 @@ def test_a_large_student_is_sharded(teacher, tmp_path, monkeypatch):
         load_pipeline(tmp_path / "student")
 
 
+def test_few_stored_weights_are_in_memory_at_a_time(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainers.export, "SHARD_BYTES", 50_000)
+    student = assemble(teacher.transformer(), WIDTH)
+    weights = student.state_dict()
+    store = open_store(str(tmp_path))
+    publish_tensors(store, "student", weights, {})
+    stored = open_tensors(store, "student")
+    held: list[int] = []
+
+    def read(name: str) -> torch.Tensor:
+        tensor = stored.read(name)
+        held.append(1)
+        weakref.finalize(tensor, held.remove, 1)
+        # Four files at a time; in each, the one before is let go when the next is there.
+        assert len(held) <= 8 < len(weights) / 4
+        return tensor
+
+    publish(store, "model", pipeline_files(teacher, WIDTH, stored.like(), read, torch.bfloat16))
+    fetch(store, "model", tmp_path / "copy")
+    loaded = load_pipeline(tmp_path / "copy").transformer.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[k], v.bfloat16()) for k, v in weights.items())
+
+
 def test_what_is_there_is_not_overwritten(teacher, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ExportError, match="already holds something"):
@@ -90,6 +119,6 @@ def test_what_is_there_is_not_overwritten(teacher, tmp_path):
 
 def test_a_failed_export_leaves_nothing(teacher, tmp_path):
     student = assemble(teacher.transformer(), DEPTH)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ExportError, match="not its weights"):
         export_student(teacher, student, WIDTH, tmp_path / "student")
     assert list(tmp_path.iterdir()) == []

@@ -24,11 +24,11 @@ from trainers.recovery import (
     Start,
     backward,
     examples_of,
+    held_tensors,
     recover,
     recover_steadily,
     restore_weights,
     set_trainable,
-    snapshot,
     student_weights,
 )
 from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
@@ -124,12 +124,12 @@ class Run:
 
     def _save(self, at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         if at == self.keep:
-            held = snapshot(student, optimizer if at.step else None)
+            held = held_tensors(student, optimizer if at.step else None)
             self.kept = {name: tensor.clone() for name, tensor in held.items()}
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return student_weights(snapshot(self.student, None))
+        return student_weights(held_tensors(self.student, None))
 
 
 def test_a_position_walks_through_all_phases() -> None:
@@ -155,7 +155,7 @@ def test_an_interrupted_run_continues_to_the_last_bit(
     whole = Run(teacher, latents, keep=cut, step=step).go()
     rest = Run(teacher, latents, step=step).go(cut, whole.kept)
     assert rest.losses == whole.losses[cut.done(SCHEDULE) :]
-    expected, found = (snapshot(run.student, None) for run in (whole, rest))
+    expected, found = (held_tensors(run.student, None) for run in (whole, rest))
     assert any(name.startswith("average/") for name in expected) == (step.average is not None)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -415,7 +415,7 @@ class Fragile:
 
     def go(self, step: StepConfig) -> Fragile:
         self.student = Distilled(FAMILY, assemble(self.teacher, PLAN), PLAN, step)
-        self.first = snapshot(self.student, None)
+        self.first = held_tensors(self.student, None)
         self.first = {name: tensor.clone() for name, tensor in self.first.items()}
         recover_steadily(self.run, self.kept, self.go_back, step, self.said.append)
         return self
@@ -439,7 +439,7 @@ class Fragile:
 
     def save(self, at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         if at.step and at.step % 10 == 0:
-            held = {k: v.clone() for k, v in snapshot(student, optimizer).items()}
+            held = {k: v.clone() for k, v in held_tensors(student, optimizer).items()}
             self.kept = Start(at, tuple(self.losses), held)
 
     def go_back(self) -> Start:

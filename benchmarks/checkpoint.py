@@ -1,0 +1,205 @@
+"""Checkpoints against what the store itself takes and gives, in one run, to a real S3 server.
+
+    make bench-checkpoint
+
+Ranks are processes of equal shards. In turns, several times: raw multipart puts of as many bytes,
+a checkpoint, raw ranged gets, a restore. Prints one JSON object; ratios are medians over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, cast
+
+from storage.s3 import _IN_FLIGHT, _PART, S3Store
+from storage.store import Store, open_store
+from tests.s3 import environment, serving
+
+STEP_SECONDS = 4.3
+"""Of a 10B student on 64 GPUs at 400 TFLOP/s each: a batch of 256 pictures of 1024 pixels is
+256 × 4,300 tokens × (6 × 10e9 for the student + 2 × 20e9 for the teacher) FLOP. Its weights and two
+moments in float32, 120 GB, are 1.75 GiB a rank."""
+STEPS = 100
+"""Between checkpoints."""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--gib", type=float, default=1.75, help="of tensors, a rank")
+    arguments.add_argument("--ranks", type=int, default=1)
+    arguments.add_argument("--turns", type=int, default=3)
+    arguments.add_argument("--served", type=Path, default=Path("/dev/shm"), help="where to keep it")
+    options = arguments.parse_args()
+    with (
+        tempfile.TemporaryDirectory(dir=options.served) as folder,
+        serving(Path(folder) / "s3") as server,
+    ):
+        os.environ.update(environment(server))
+        context = multiprocessing.get_context("spawn")
+        barrier, results = context.Barrier(options.ranks), context.SimpleQueue()
+        work = (options, f"s3://{server.bucket}/bench", barrier, results)
+        ranks = [context.Process(target=run_rank, args=(i, *work)) for i in range(options.ranks)]
+        for process in ranks:
+            process.start()
+        measured: list[dict[str, Any]] = []
+        while len(measured) < options.ranks:
+            if results.empty():
+                time.sleep(0.1)
+                if any(process.exitcode for process in ranks):
+                    raise SystemExit("a rank failed")
+            else:
+                measured.append(results.get())
+        for process in ranks:
+            process.join()
+    print(json.dumps(summary(measured, options), indent=1))
+
+
+def run_rank(
+    rank: int, options: argparse.Namespace, url: str, barrier: Barrier, results: Any
+) -> None:
+    import torch
+
+    from storage.checkpoint import Checkpoint, Saver, latest_checkpoint
+
+    torch.set_num_threads(1)
+    store = open_store(url)
+    rows = int(options.gib * 2**30 / 4 / 4096 / 16)
+    names = [f"rank{rank}/block{i}" for i in range(16)]
+    held = {name: torch.randn(rows, 4096) for name in names}
+    size = sum(tensor.nbytes for tensor in held.values())
+    saver = Saver(store, "run", rank=rank, world=options.ranks, keep=1)
+    turns: list[dict[str, float]] = []
+    for turn in range(1 + options.turns):  # the first opens connections and files
+        seconds: dict[str, float] = {}
+
+        def timed(
+            name: str, act: Callable[[], object], seconds: dict[str, float] = seconds
+        ) -> None:
+            barrier.wait()
+            before = reset_peak()
+            started = time.perf_counter()
+            act()
+            barrier.wait()  # as long as the last rank
+            seconds[name] = time.perf_counter() - started
+            seconds[f"{name}_memory"] = peak() - before
+
+        timed("raw_put", lambda: raw_put(store, f"raw/{rank}", size))
+        blocked = saver.blocked
+        timed("stage", partial(saver.save, turn, {}, {"turn": turn}, own=held))
+        seconds["blocked"] = saver.blocked - blocked
+        timed("upload", saver.finish)
+        timed("raw_get", lambda: raw_get(store, f"raw/{rank}", size))
+        into = {name: torch.zeros(rows, 4096) for name in names}
+
+        def load(checkpoint: Checkpoint, into: dict[str, torch.Tensor] = into) -> None:
+            checkpoint.tensors.fill(into)
+
+        timed("restore", lambda: latest_checkpoint(store, "run", load))
+        assert all(torch.equal(held[name], into[name]) for name in names)
+        del into
+        if turn:
+            turns.append(seconds)
+    results.put({"bytes": size, "turns": turns})
+
+
+def raw_put(store: Store, key: str, size: int) -> None:
+    """As many bytes by parallel multipart puts: nothing is read, hashed or copied for them."""
+    files, bucket, name = raw(store, key)
+    upload = files.call_s3("create_multipart_upload", Bucket=bucket, Key=name)["UploadId"]
+    part = os.urandom(_PART)
+
+    def put(number: int) -> dict[str, Any]:
+        answer = files.call_s3(
+            "upload_part", Bucket=bucket, Key=name, UploadId=upload, PartNumber=number, Body=part
+        )
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    with ThreadPoolExecutor(_IN_FLIGHT) as pool:
+        parts = list(pool.map(put, range(1, 1 + size // _PART)))
+    files.call_s3(
+        "complete_multipart_upload", Bucket=bucket, Key=name, UploadId=upload,
+        MultipartUpload={"Parts": parts},
+    )  # fmt: skip
+
+
+def raw_get(store: Store, key: str, size: int) -> None:
+    """As many bytes by parallel ranged gets, thrown away."""
+    files, bucket, name = raw(store, key)
+
+    def get(start: int) -> int:
+        return len(files.cat_file(f"{bucket}/{name}", start=start, end=start + _PART))
+
+    with ThreadPoolExecutor(_IN_FLIGHT) as pool:
+        assert sum(pool.map(get, range(0, size // _PART * _PART, _PART))) == size // _PART * _PART
+
+
+def raw(store: Store, key: str) -> tuple[Any, str, str]:
+    s3 = cast("S3Store", store)
+    return s3._files, s3._bucket, f"{s3._prefix}/{key}"
+
+
+def reset_peak() -> float:
+    """Bytes this process holds now, from which its peak is counted anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak() -> float:
+    return status("VmHWM")
+
+
+def status(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) * 1024
+    raise RuntimeError(name)
+
+
+def summary(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    size = sum(rank["bytes"] for rank in ranks)
+
+    def each(name: str) -> Iterator[float]:
+        for turn in range(options.turns):
+            yield max(rank["turns"][turn][name] for rank in ranks)
+
+    def middle(values: Iterator[float]) -> float:
+        return round(statistics.median(values), 3)
+
+    def rate(name: str) -> float:
+        return middle(size / 2**20 / seconds for seconds in each(name))
+
+    def ratio(raw: str, ours: str) -> float:
+        return middle(a / b for a, b in zip(each(raw), each(ours), strict=True))
+
+    memory = {
+        name: round(max(each(f"{name}_memory")) / 2**20)
+        for name in ("stage", "upload", "restore", "raw_put", "raw_get")
+    }
+    blocked = middle(each("blocked"))
+    return {
+        "ranks": len(ranks),
+        "gib_a_rank": round(size / len(ranks) / 2**30, 2),
+        "turns": options.turns,
+        "mib_a_second": {n: rate(n) for n in ("raw_put", "upload", "raw_get", "restore", "stage")},
+        "upload_of_raw": ratio("raw_put", "upload"),
+        "restore_of_raw": ratio("raw_get", "restore"),
+        "peak_extra_mib_a_rank": memory,
+        "blocked_seconds": blocked,
+        "step_seconds": STEP_SECONDS,
+        "blocked_share": round(blocked / (STEPS * STEP_SECONDS + blocked), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

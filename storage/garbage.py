@@ -1,0 +1,134 @@
+"""What lies in a store and nothing refers to: looked for here, removed only by `discard`.
+
+Ages are the store's own, so a wrong clock here takes nothing away. What other sweeps may use again
+(encodings, analyses, the library) is never garbage while it is whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
+
+from pydantic import NonNegativeFloat, NonNegativeInt
+
+from storage import layout
+from storage.errors import DamagedError
+from storage.manifest import MANIFEST, published, withdraw
+from storage.registry import entries
+from storage.section import Section
+from storage.store import Store, Stored, Unfinished
+
+Kind = Literal[
+    "unfinished upload", "unfinished publication", "old checkpoint", "unregistered model"
+]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Small objects that are written one by one, without a manifest.
+_BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search)/")
+_CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/[^/]+/[^/]+)/checkpoints/step-\d+$")
+_MODEL = re.compile(r"best/[^/]+/[^/]+$")
+_PARALLEL = 8
+
+
+class Garbage(Section):
+    """Something that nothing refers to."""
+
+    kind: Kind
+    prefix: str
+    """What it lies under; of an unfinished upload the key it is for."""
+    keys: tuple[str, ...]
+    """What would be removed; none of an unfinished upload."""
+    size: NonNegativeInt
+    """Bytes; 0 of an unfinished upload, of which stores do not say."""
+    seconds: NonNegativeFloat
+    """Since its youngest part was written."""
+    upload: str | None = None
+    """Id of an unfinished upload."""
+
+
+def find_garbage(store: Store, older_than: float) -> list[Garbage]:
+    """All of it of which nothing was written for so many seconds.
+
+    The age is what keeps apart a write that is under way and one that was cut off.
+    """
+    bodies = {body.key: body for body in store.listing("")}
+    published_at = _manifests(store, bodies)
+    found = [*_unfinished_uploads(store)]
+    held = {f"{prefix}/{name}" for prefix, names in published_at.items() for name in names}
+    held |= {f"{prefix}/{MANIFEST}" for prefix in published_at}
+    stray: dict[str, list[Stored]] = defaultdict(list)
+    for key, body in bodies.items():
+        if key not in held and not _BY_THEMSELVES.match(key):
+            stray[key.rpartition("/")[0]].append(body)
+    found += [_garbage("unfinished publication", prefix, of) for prefix, of in stray.items()]
+    named = {entry.model for entry in entries(store)}
+    for prefix, names in published_at.items():
+        mine = [bodies[key] for name in (*names, MANIFEST) if (key := f"{prefix}/{name}") in bodies]
+        checkpoint = _CHECKPOINT.match(prefix)
+        if checkpoint and _ended(checkpoint, published_at):
+            found.append(_garbage("old checkpoint", prefix, mine))
+        elif _MODEL.match(prefix) and prefix not in named:
+            found.append(_garbage("unregistered model", prefix, mine))
+    old = [garbage for garbage in found if garbage.seconds >= older_than]
+    return sorted(old, key=lambda garbage: (KINDS.index(garbage.kind), garbage.prefix))
+
+
+def discard(store: Store, garbage: Garbage) -> None:
+    """Remove it; what has gone meanwhile is fine."""
+    if garbage.upload is not None:
+        store.discard(Unfinished(garbage.prefix, garbage.upload, garbage.seconds))
+    elif garbage.kind == "unfinished publication":
+        for key in garbage.keys:
+            store.remove(key)
+    else:
+        withdraw(store, garbage.prefix)
+
+
+def _manifests(store: Store, bodies: Mapping[str, Stored]) -> dict[str, frozenset[str]]:
+    """The names of the files published under each prefix; none of a manifest that is damaged."""
+    prefixes = [key.rpartition("/")[0] for key in bodies if key.endswith(f"/{MANIFEST}")]
+
+    def names(prefix: str) -> frozenset[str] | None:
+        try:
+            manifest = published(store, prefix)
+        except DamagedError:
+            # Nothing under it can be told from what it published, so all of it stays.
+            return frozenset(k[len(prefix) + 1 :] for k in bodies if k.startswith(f"{prefix}/"))
+        return frozenset(manifest.files) if manifest else None
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        found = zip(prefixes, pool.map(names, prefixes), strict=True)
+        return {prefix: files for prefix, files in found if files is not None}
+
+
+def _unfinished_uploads(store: Store) -> Iterator[Garbage]:
+    for write in store.unfinished(""):
+        yield Garbage(
+            kind="unfinished upload",
+            prefix=write.key,
+            keys=(),
+            size=0,
+            seconds=max(0.0, write.seconds),
+            upload=write.id,
+        )
+
+
+def _ended(checkpoint: re.Match[str], published_at: Mapping[str, object]) -> bool:
+    """Whether the recovery has its student, or its sweep has ended all recoveries."""
+    recovery, sweep = checkpoint[1], checkpoint[2]
+    done = layout.stage(sweep.partition("/")[2], "recover")
+    return f"{recovery}/student" in published_at or done in published_at
+
+
+def _garbage(kind: Kind, prefix: str, bodies: list[Stored]) -> Garbage:
+    return Garbage(
+        kind=kind,
+        prefix=prefix,
+        keys=tuple(sorted(body.key for body in bodies)),
+        size=sum(body.size for body in bodies),
+        seconds=max(0.0, min(body.seconds for body in bodies)),
+    )

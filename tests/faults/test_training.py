@@ -1,0 +1,75 @@
+"""Recoveries on Ray Train, with checkpoints on a real S3 server: who dies, and what goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from search.recover import Recovery
+from storage.manifest import read_json
+from storage.store import Store, open_store
+from tests.faults.conftest import Row
+from tests.faults.test_storage import everything_is_published
+from tests.faults.tiny_recovery import prepare, recover_tiny
+from tests.search.test_recover import Killer, alone_losses, prefix_of
+from trainers.teacher import Teacher, open_teacher
+from trainers.worker import LOSSES, load_student
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def teacher(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return open_teacher(tiny_pipeline)
+
+
+@pytest.fixture
+def store(s3_url: str, teacher: Teacher) -> Store:
+    store = open_store(s3_url)
+    prepare(store, teacher)
+    return store
+
+
+def checkpoints(store: Store) -> list[str]:
+    keys = store.keys("sweeps")
+    return [key for key in keys if "/checkpoints/" in key and key.endswith("manifest.json")]
+
+
+def nothing_is_lost(store: Store, teacher: Teacher, recovered: Recovery) -> None:
+    """Every step is the step of a run on one process, and nothing is left over."""
+    assert recovered.failed is None
+    alone = alone_losses(store, teacher, recovered)
+    assert read_json(store, prefix_of(recovered), LOSSES) == pytest.approx(alone, rel=1e-3)
+    load_student(store, recovered.student, teacher)
+    assert checkpoints(store) == []
+    everything_is_published(store)
+
+
+def test_a_worker_is_killed_and_another_run_ends_in_nan(
+    store: Store, teacher: Teacher, row: Row
+) -> None:
+    killer = Killer(store)
+    recovered, broken = recover_tiny(store, teacher, killer)
+    assert killer.killed is not None
+    nothing_is_lost(store, teacher, recovered)
+    assert broken.failed is not None
+    assert "not finite" in broken.failed
+    row("worker SIGKILLed in a step; NaN in another run", "went on from its checkpoint; NaN told")
+
+
+def test_the_driver_is_killed_and_resumed(store: Store, teacher: Teacher, row: Row) -> None:
+    command = [sys.executable, "-m", "tests.faults.tiny_recovery", store.url, str(teacher.folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        while not checkpoints(store):
+            assert driver.poll() is None, "it ended before its first checkpoint"
+            time.sleep(0.2)
+        driver.send_signal(signal.SIGKILL)
+    recovered, _ = recover_tiny(store, teacher)
+    nothing_is_lost(store, teacher, recovered)
+    row("driver SIGKILLed and run again", "went on from its checkpoint")

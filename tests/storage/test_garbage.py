@@ -1,0 +1,120 @@
+"""The collector, on a folder and on a real S3 server: what was cut off, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from storage import layout
+from storage.checkpoint import Saver
+from storage.garbage import discard, find_garbage
+from storage.manifest import publish, published
+from storage.registry import Entry, add
+from storage.store import open_store
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store(request, tmp_path):
+    return open_store(
+        str(tmp_path) if request.param == "folder" else request.getfixturevalue("s3_url")
+    )
+
+
+def checkpoint(store, trial):
+    saver = Saver(store, layout.checkpoint("sweep", "10B", trial))
+    saver.save(1, {"w": torch.ones(2)}, None)
+    saver.finish()
+
+
+def fill(store):
+    """A store in use."""
+    publish(store, "encoded/d", {"a": b"1"})
+    publish(store, "encoded/d/shards/0", {"a": b"1"})
+    publish(store, layout.sweep("sweep"), {"config.json": b"{}"})
+    store.write(f"{layout.stage('sweep', 'search')}/attempt.json", b"{}")
+    store.write(f"{layout.search('sweep')}/scores/x.json", b"{}")
+    checkpoint(store, "running")
+    publish(store, layout.model("10B", "best"), {"w": b"1"})
+    entry = Entry(
+        budget="10B", plan_digest="p", teacher="t", sweep="sweep", prefix="s",
+        model=layout.model("10B", "best"), parameters=1, fidelity_loss=0.1,
+    )  # fmt: skip
+    add(store, entry)
+
+
+def listed(store):
+    return [(garbage.kind, garbage.prefix) for garbage in find_garbage(store, 0)]
+
+
+def test_a_store_in_use_has_none(store):
+    fill(store)
+    assert listed(store) == []
+
+
+def test_what_was_cut_off_is_found_and_removed_on_request(store):
+    fill(store)
+    before = set(store.keys(""))
+    store.write("library/t/cut/tensors.safetensors", b"123")
+    store.write(f"{layout.checkpoint('sweep', '10B', 'running')}/step-000000009/x", b"1")
+    store.write("encoded/d/stray", b"1")
+    checkpoint(store, "ended")
+    publish(store, layout.finalist("sweep", "10B", "ended"), {"plan.json": b"{}"})
+    publish(store, layout.model("10B", "nobody"), {"w": b"1"})
+    found = find_garbage(store, 0)
+    ended = f"{layout.checkpoint('sweep', '10B', 'ended')}/step-000000001"
+    assert [(garbage.kind, garbage.prefix) for garbage in found] == [
+        ("unfinished publication", "encoded/d"),
+        ("unfinished publication", "library/t/cut"),
+        ("unfinished publication", "sweeps/sweep/recovery/10B/running/checkpoints/step-000000009"),
+        ("old checkpoint", ended),
+        ("unregistered model", "best/10B/nobody"),
+    ]
+    assert found[1].size == 3
+    for garbage in found:
+        discard(store, garbage)
+        discard(store, garbage)
+    assert listed(store) == []
+    student = layout.finalist("sweep", "10B", "ended")
+    assert set(store.keys("")) == before | {f"{student}/plan.json", f"{student}/manifest.json"}
+    assert published(store, "encoded/d") is not None
+
+
+def test_checkpoints_of_a_sweep_that_has_recovered_are_old(store):
+    checkpoint(store, "stopped")
+    assert listed(store) == []
+    publish(store, layout.stage("sweep", "recover"), {})
+    assert [kind for kind, _ in listed(store)] == ["old checkpoint"]
+
+
+def test_what_is_young_is_never_listed(store):
+    store.write("library/t/cut/tensors.safetensors", b"123")
+    assert find_garbage(store, 3600) == []
+    assert len(find_garbage(store, 0)) == 1
+
+
+def test_nothing_beside_a_damaged_manifest_is_listed(store):
+    publish(store, "library/t/d", {"a": b"1"})
+    store.write("library/t/d/manifest.json", b"{")
+    assert listed(store) == []
+
+
+def test_an_open_upload_is_ended(s3_url):
+    store = open_store(s3_url)
+    name = f"{store._prefix}/library/t/d/a"
+    upload = store._call("create_multipart_upload", Key=name)["UploadId"]
+    store._call("upload_part", Key=name, UploadId=upload, PartNumber=1, Body=b"1")
+    (garbage,) = find_garbage(store, 0)
+    assert (garbage.kind, garbage.prefix) == ("unfinished upload", "library/t/d/a")
+    discard(store, garbage)
+    assert list(store.unfinished("")) == []
+    discard(store, garbage)
+
+
+def test_what_a_killed_writer_left_in_a_folder_is_removed(tmp_path):
+    store = open_store(str(tmp_path))
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "abc").write_bytes(b"half")
+    (garbage,) = find_garbage(store, 0)
+    assert garbage.kind == "unfinished upload"
+    discard(store, garbage)
+    assert list((tmp_path / ".partial").iterdir()) == []
