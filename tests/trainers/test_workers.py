@@ -9,14 +9,14 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from storage.checkpoint import latest_checkpoint, save_checkpoint
+from storage.checkpoint import Saver, latest_checkpoint
 from storage.store import open_store
 from tests.trainers.ranks import on_ranks
 from tests.trainers.students.tiny import QWEN_IMAGE
 from trainers import sharded
 from trainers.data.latents import Latents, Shard
 from trainers.distilled import Distilled, Observed
-from trainers.recovery import Position, examples_of, recover, restore_weights, snapshot
+from trainers.recovery import Position, examples_of, full, held_tensors, read_held, recover
 from trainers.schedule import Phase, Schedule, StepConfig
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import assemble
@@ -86,17 +86,19 @@ def recovered(
         teacher = sharded.load_observed(stored, cpu, sharded=True)
     store, at, tensors = open_store(folder), Position(), None
     if not begin:
-        checkpoint = latest_checkpoint(store, "checkpoints")
-        assert checkpoint is not None
-        at, tensors = CUT, checkpoint.tensors
-        restore_weights(student, tensors)
+        held: dict[str, Tensor] = {}
+        found = latest_checkpoint(
+            store, "checkpoints", lambda c: held.update(read_held(student, c.tensors))
+        )
+        assert found is not None
+        at, tensors = CUT, held
     losses: list[float] = []
 
     def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         if at == CUT and not end:
-            held = snapshot(student, optimizer)
-            if rank == 0:
-                save_checkpoint(store, "checkpoints", 1, held, None)
+            saver = Saver(store, "checkpoints", rank=rank, world=world)
+            saver.save(1, held_tensors(student, optimizer), None)
+            saver.finish()
 
     recover(
         student,
@@ -110,7 +112,7 @@ def recovered(
         report=lambda _, loss: losses.append(loss),
         mean=mean,
     )
-    tensors = snapshot(student, None)
+    tensors = {name: full(held) for name, held in held_tensors(student, None).items()}
     return {"losses": losses} | {
         name: [tensor.sum().item(), tensor.square().sum().item()]
         for name, tensor in tensors.items()
