@@ -30,7 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Small objects that are written one by one, without a manifest.
 _BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search)/")
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/[^/]+/[^/]+)/checkpoints/step-\d+$")
-_MODEL = re.compile(r"best/[^/]+/[^/]+$")
+_MODEL = re.compile(r"models/[^/]+/[^/]+$")
 _PARALLEL = 8
 
 

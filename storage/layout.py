@@ -7,7 +7,8 @@
     library/TEACHER/DIGEST/         one replacement, by span, variant and training
     sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
     studies/NAME.journal            a sweep's trials for optuna-dashboard; may be deleted
-    best/BUDGET/NAME/               one published model, never changed; the registry ranks them
+    models/BUDGET/NAME/             one published model, never changed; the registry ranks them
+    best/BUDGET/                    a copy of the best of them
     registry/BUDGET/                one small object for every published model
 
 Names that a person chooses are checked here, so that no name reaches another's prefix.
@@ -98,13 +99,13 @@ def report(name: str) -> str:
 
 
 def best(budget: str) -> str:
-    """The published models of a budget, each under a name of its own."""
+    """The best model of a budget: a copy of it."""
     return f"best/{_name(budget)}"
 
 
 def model(budget: str, name: str) -> str:
-    """One published diffusers model."""
-    return f"{best(budget)}/{_name(name)}"
+    """One published diffusers model, which never changes."""
+    return f"models/{_name(budget)}/{_name(name)}"
 
 
 def registry() -> str:

@@ -3,22 +3,27 @@
 Nothing is kept up to date in place, so any number of sweeps that publish at once lose no entry, on
 stores without conditional writes too. A model is written whole, under a name of its own, before its
 entry: whoever asks for the best gets a whole one, also while a better one is being published.
+best/BUDGET holds a copy, which may for moments be behind.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated
 
 from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError
 
 from storage import layout
 from storage.digest import digest_json
-from storage.errors import DamagedError, MissingKey
-from storage.manifest import withdraw
+from storage.errors import DamagedError, MissingKey, StoreError
+from storage.manifest import Body, Manifest, publish, published, verify, withdraw
 from storage.section import Section
-from storage.store import Store, open_store
+from storage.store import Store
+
+_ATTEMPTS = 5
+"""How often a copy of the best is made while others make theirs."""
 
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -77,15 +82,41 @@ def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
     return min(candidates, key=rank, default=None)
 
 
-def located(address: str) -> str:
-    """Where the best model of a budget lies, when the address is STORE/best/BUDGET; any other
-    address itself."""
-    root, found, budget = address.rstrip("/").rpartition("best/")
-    if not found or "/" in budget or not budget or (root and not root.endswith("/")):
-        return address
-    store = open_store(root.rstrip("/") or ("/" if root else "."))
-    entry = best(store, budget)
-    return f"{store.url}/{entry.model}" if entry and entry.model else address
+def show_best(store: Store, budget: str) -> str | None:
+    """Makes best/BUDGET a copy of the budget's best model, for whoever opens it by that address.
+
+    Returns the prefix of the model that it shows; None when there is none, nor then a copy.
+
+    Any number of processes may do so at once: each looks at what came of it, and mends it when
+    another wrote between its own files or entered a better model. StoreError when they do not come
+    to an end.
+    """
+    prefix, spoiled = layout.best(budget), False
+    for _ in range(_ATTEMPTS):
+        entry = best(store, budget)
+        model = published(store, entry.model) if entry and entry.model else None
+        if entry is None or model is None:
+            withdraw(store, prefix)
+            return None
+        files: dict[str, Body] = {
+            name: partial(store.read, f"{entry.model}/{name}") for name in model.files
+        }
+        try:
+            if spoiled or not _alike(published(store, prefix), model):
+                publish(store, prefix, files, model.meta)
+                verify(store, prefix)
+            spoiled = False
+            if _alike(published(store, prefix), model) and best(store, budget) == entry:
+                return entry.model
+        except (DamagedError, MissingKey):
+            spoiled = True
+    raise StoreError(
+        f"{store.url}/{prefix}: others keep writing to it; run `espalier publish` again"
+    )
+
+
+def _alike(shown: Manifest | None, model: Manifest) -> bool:
+    return shown is not None and (shown.files, shown.meta) == (model.files, model.meta)
 
 
 def keep_best(store: Store, budget: str, teacher: str, count: int) -> list[Entry]:

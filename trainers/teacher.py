@@ -17,9 +17,8 @@ from pydantic import JsonValue
 from storage.digest import digest_json, sha256_file
 from storage.errors import DamagedError, EspalierError
 from storage.manifest import MANIFEST, Manifest, published
-from storage.registry import located
 from storage.store import Store, open_store
-from storage.tensors import check_safetensors
+from storage.tensors import check_safetensors, load_tensors
 from trainers.cache import local_copy
 from trainers.students.families import family_of
 from trainers.students.families.base import Config, Family
@@ -28,7 +27,7 @@ from trainers.students.plan import Plan, identity_plan
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
-    from torch import nn
+    from torch import Tensor, nn
 
     from trainers.weights import Weights
 
@@ -82,13 +81,30 @@ class Teacher:
     def transformer(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> nn.Module:
-        """The whole model, read tensor by tensor to where it shall be."""
+        """The whole model: of a folder here, on CPUs, mapped from its files, otherwise read tensor
+        by tensor to where it shall be."""
+        import torch
+
         from trainers.weights import fill
 
         weights, plan = self.weights(), self.identity
-        model = self.family.build(self.config, plan, device, dtype or weights.dtype)
-        fill(model, weights)
+        wanted = dtype or weights.dtype
+        model = self.family.build(self.config, plan, "meta", wanted)
+        mapped = self._mapped() if self.url is None and torch.device(device).type == "cpu" else {}
+        if mapped.keys() == model.state_dict().keys():
+            floats = {k: t.to(wanted) if t.is_floating_point() else t for k, t in mapped.items()}
+            model.load_state_dict(floats, assign=True)
+        else:
+            model = self.family.build(self.config, plan, device, wanted)
+            fill(model, weights)
         return model.requires_grad_(False).eval()
+
+    def _mapped(self) -> dict[str, Tensor]:
+        """The transformer's weights as mapped files: all processes of a machine share one copy."""
+        tensors: dict[str, Tensor] = {}
+        for file in _weights(self.folder / "transformer"):
+            tensors |= load_tensors(file, str(file))
+        return tensors
 
     @property
     def identity(self) -> Plan:
@@ -216,7 +232,7 @@ def stored_dtype(part: Path) -> torch.dtype:
 
 
 def _folder(name: str) -> Path:
-    path = Path(located(name) if "://" not in name else name).expanduser()
+    path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
     if not _HUB_NAME.fullmatch(name) or path.parent.exists():

@@ -115,7 +115,7 @@ def rm(
     What the sweep that made it keeps of it stays. Example: espalier best rm 50pct --plan 72269575
     """
     with endings():
-        from storage.registry import withdraw_entry
+        from storage.registry import show_best, withdraw_entry
 
         store = _open(storage)
         chosen = [entry for entry in ranked(store, budget) if entry.plan_digest.startswith(plan)]
@@ -130,6 +130,7 @@ def rm(
             typer.confirm("Remove?", abort=True)
         for entry in chosen:
             withdraw_entry(store, entry)
+        show_best(store, budget)
 
 
 def ranked(store: Store, budget: str | None = None) -> list[Entry]:

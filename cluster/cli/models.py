@@ -159,11 +159,7 @@ def parse_span(text: str) -> tuple[int, int]:
 
 
 def local_model(model: str) -> Path:
-    """The folder of a model, or of the best of a budget; one in a remote store is copied to this
-    machine first."""
-    from storage.registry import located
-
-    model = located(model)
+    """The folder of a model; one in a remote store is copied to this machine first."""
     if "://" in model and not model.startswith("file://"):
         from storage.manifest import published
         from storage.store import open_store

@@ -122,10 +122,8 @@ def plan(
       espalier plan examples/recipes/ppcl-qwen-image-10b.yaml --train --gpu H100-80GB --gpus 8
     """
     with endings():
-        from storage.registry import located
         from trainers.students.plan import load_plan
 
-        path = Path(located(str(path)))
         student = load_plan(path / "plan.json" if path.is_dir() else path)
         config = sizes_of(student, path, teacher)
         described = describe(student, config)

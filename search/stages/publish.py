@@ -37,7 +37,7 @@ from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
 from storage import layout
 from storage.digest import digest_json
-from storage.registry import keep_best
+from storage.registry import keep_best, show_best
 from trainers.progress import Progress
 from trainers.students.counts import plan_parameters
 from trainers.teacher import Teacher
@@ -79,6 +79,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         register(sweep.store, sweep.teacher, sweep.name, finalist)
         if sweep.config.keep_models is not None:
             keep_best(sweep.store, budget, sweep.teacher.digest, sweep.config.keep_models)
+        if show_best(sweep.store, budget) == prefix:
+            prefix = layout.best(budget)
         students[budget] = {"finalist": finalist.prefix, "prefix": prefix}
     found = ratios(sweep, [(r.plan, r.student) for rs in candidates.values() for r in rs])
     said = f"{len(students)} models published{told(found)}"

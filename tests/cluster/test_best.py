@@ -18,7 +18,7 @@ from trainers.students.counts import plan_parameters
 from trainers.students.plan import identity_plan
 from trainers.teacher import open_teacher
 
-BEST = "best/50pct/bbbb"
+BEST = layout.model("50pct", "bbbb")
 START = datetime(2026, 9, 1, tzinfo=UTC)
 
 

@@ -74,7 +74,7 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
     store = open_store(s3_url)
 
     prefix = student["url"].removeprefix(f"{s3_url}/")
-    assert prefix.startswith("best/60pct/")
+    assert prefix == "best/60pct"
     best = published(store, prefix)
     assert best is not None
     assert best.meta["plan"] == student["plan"]

@@ -51,7 +51,7 @@ from storage.store import StoreOptions, open_store
 url, who, count = sys.argv[1:]
 store = open_store(url, StoreOptions(timeout=2))
 for i in range(int(count)):
-    model = f"best/10B/{who}-{i}"
+    model = f"models/10B/{who}-{i}"
     publish(store, model, {"a": who.encode() * 1000, "b": bytes(20 * 2**20)})
     add(store, Entry(budget="10B", plan_digest=f"{who}-{i}", teacher="t", sweep=who, prefix="s",
                      model=model, parameters=1, fidelity_loss=1 / (1 + i)))
@@ -194,7 +194,7 @@ def test_killed_in_a_publication(
         process.wait()
     leader = best(direct, "10B")
     assert leader is not None
-    assert leader.model == "best/10B/old-0"
+    assert leader.model == "models/10B/old-0"
     verify(direct, leader.model)
     proxy.rule = lambda request: None
     assert run(PUBLISH, s3_url, "new", 2)[0] == 0
@@ -202,7 +202,7 @@ def test_killed_in_a_publication(
         direct.discard(upload)
     leader = best(direct, "10B")
     assert leader is not None
-    assert leader.model == "best/10B/new-1"
+    assert leader.model == "models/10B/new-1"
     assert len(entries(direct)) == 3
     everything_is_published(direct)
     said = {"/b?": "a file", "manifest.json": "the manifest", "/registry/": "the entry"}[where]
@@ -418,7 +418,7 @@ def test_a_machine_whose_clock_is_wrong(
     assert run(PUBLISH, s3_url, "right", 3)[0] == 0
     leader = best(direct, "10B")
     assert leader is not None
-    assert leader.model == "best/10B/right-2"
+    assert leader.model == "models/10B/right-2"
     created = [entry.created for entry in entries(direct) if entry.sweep == "wrong"]
     moments = [entry.created for entry in entries(direct) if entry.sweep == "right"]
     assert abs((created[0] - moments[0]).total_seconds()) > 4 * 3600

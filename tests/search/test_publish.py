@@ -70,7 +70,7 @@ def test_the_best_of_all_sweeps_is_computed(store: Store, teacher: Teacher) -> N
 def test_no_two_recoveries_share_a_place(teacher: Teacher) -> None:
     one, other = finalist(0.2), finalist(0.2, prefix="b/student")
     assert model_prefix(teacher, one) != model_prefix(teacher, other)
-    assert model_prefix(teacher, one).startswith(f"best/50pct/{one.plan.digest}-")
+    assert model_prefix(teacher, one).startswith(f"models/50pct/{one.plan.digest}-")
 
 
 def test_registering_again_changes_nothing(store: Store, teacher: Teacher) -> None:

@@ -99,9 +99,10 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
     entry = registry.best(sweep.store, "60pct")
     assert entry is not None
     assert entry.model is not None
-    assert entry.model.startswith("best/60pct/")
-    best = published(sweep.store, entry.model)
+    assert entry.model.startswith("models/60pct/")
+    best = published(sweep.store, layout.best("60pct"))
     assert best is not None
+    assert best == published(sweep.store, entry.model)
     assert {"model_index.json", "plan.json", "plan.png", "README.md", "espalier.json"} <= set(
         best.files
     )
@@ -128,7 +129,7 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
 
     (student,) = results(sweep)["students"]
     assert student["fidelity_loss"] == 0.25
-    assert student["url"] == str(tmp_path / "runs" / entry.model)
+    assert student["url"] == str(tmp_path / "runs" / "best" / "60pct")
     found = status(sweep)
     assert found["registry"][0]["plan_digest"] == student["plan"]
     assert [s["state"] for s in found["stages"]][-2:] == ["done", "done"]
@@ -140,21 +141,23 @@ def test_publishing_again_adds_nothing(sweep: Sweep) -> None:
 
     stage = stage_named("publish")
     run_stage(stage, sweep, silent())
-    before = [(key, size) for key, size in there() if key.startswith(("best/", "registry/"))]
+    before = [
+        (key, size) for key, size in there() if key.startswith(("best/", "models/", "registry/"))
+    ]
     run_stage(stage, sweep, silent())
-    assert [(k, s) for k, s in there() if k.startswith(("best/", "registry/"))] == before
+    assert [(k, s) for k, s in there() if k.startswith(("best/", "models/", "registry/"))] == before
 
 
 def test_only_the_best_models_stay_when_asked(sweep: Sweep) -> None:
     for number, loss in enumerate((0.5, 0.1)):
         entry = registry.Entry(
             budget="60pct", plan_digest=f"{number}", teacher=sweep.teacher.digest, sweep="earlier",
-            prefix=f"students/{number}", model=f"best/60pct/{number}", parameters=1,
+            prefix=f"students/{number}", model=f"models/60pct/{number}", parameters=1,
             fidelity_loss=loss, judge_score=loss,
         )  # fmt: skip
-        publish(sweep.store, f"best/60pct/{number}", {"model_index.json": b"{}"})
+        publish(sweep.store, f"models/60pct/{number}", {"model_index.json": b"{}"})
         registry.add(sweep.store, entry)
     one = sweep.config.model_copy(update={"keep_models": 1})
     run_stage(stage_named("publish"), Sweep(one, sweep.store, sweep.teacher), silent())
     (left,) = registry.entries(sweep.store, "60pct")
-    assert {key.split("/")[2] for key in sweep.store.keys("best")} == {left.model.split("/")[2]}
+    assert {key.split("/")[2] for key in sweep.store.keys("models")} == {left.model.split("/")[2]}

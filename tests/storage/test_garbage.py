@@ -67,7 +67,7 @@ def test_what_was_cut_off_is_found_and_removed_on_request(store):
         ("unfinished publication", "library/t/cut"),
         ("unfinished publication", "sweeps/sweep/recovery/10B/running/checkpoints/step-000000009"),
         ("old checkpoint", ended),
-        ("unregistered model", "best/10B/nobody"),
+        ("unregistered model", "models/10B/nobody"),
     ]
     assert found[1].size == 3
     for garbage in found:

@@ -16,7 +16,7 @@ def test_every_prefix_is_where_the_readme_says():
     assert layout.finalist("s", "10B", "x") == "sweeps/s/recovery/10B/x/student"
     assert layout.report("s") == "sweeps/s/report"
     assert layout.best("50pct") == "best/50pct"
-    assert layout.model("50pct", "m") == "best/50pct/m"
+    assert layout.model("50pct", "m") == "models/50pct/m"
     assert layout.registered("50pct") == "registry/50pct"
 
 

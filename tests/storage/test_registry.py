@@ -7,9 +7,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import ValidationError
 
+from storage import layout, registry
 from storage.errors import DamagedError
-from storage.manifest import publish, verify
-from storage.registry import Entry, add, best, entries, keep_best, located
+from storage.manifest import publish, published, read_bytes, verify
+from storage.registry import Entry, add, best, entries, keep_best, remove, show_best
 from storage.store import open_store
 
 START = datetime(2026, 9, 1, tzinfo=UTC)
@@ -91,15 +92,51 @@ def test_nan_is_no_loss():
         entry("a", float("nan"))
 
 
-def test_the_address_of_a_budget_is_that_of_its_best_model(store):
-    made = [entry(name, loss).model_copy(update={"model": f"best/10B/{name}"}) for name, loss in
-            (("a", 0.2), ("b", 0.1))]  # fmt: skip
-    for one in made:
-        add(store, one)
-    assert located(f"{store.url}/best/10B") == f"{store.url}/best/10B/b"
-    assert located(f"{store.url}/best/10B/") == f"{store.url}/best/10B/b"
-    for other in (f"{store.url}/best/10B/a", f"{store.url}/best/50pct", "Qwen/Qwen-Image", "x"):
-        assert located(other) == other
+def models(store, *losses: float) -> list[Entry]:
+    """Published models of 10B, each of one file that says which it is."""
+    made = []
+    for number, loss in enumerate(losses):
+        prefix = layout.model("10B", str(number))
+        publish(store, prefix, {"model_index.json": str(number).encode()}, {"number": number})
+        made.append(entry(str(number), loss).model_copy(update={"model": prefix}))
+        add(store, made[-1])
+    return made
+
+
+def shown(store) -> str | None:
+    manifest = published(store, layout.best("10B"))
+    if manifest is None:
+        return None
+    return read_bytes(store, layout.best("10B"), "model_index.json", manifest).decode()
+
+
+def test_the_address_of_a_budget_holds_its_best_model(store):
+    assert show_best(store, "10B") is None
+    worse, better = models(store, 0.2, 0.1)
+    assert show_best(store, "10B") == better.model
+    assert shown(store) == "1"
+    remove(store, better)
+    assert show_best(store, "10B") == worse.model
+    assert shown(store) == "0"
+    remove(store, worse)
+    assert show_best(store, "10B") is None
+    assert list(store.keys(layout.best("10B"))) == []
+
+
+def test_a_copy_of_the_best_that_another_spoiled_is_mended(store, monkeypatch):
+    better = models(store, 0.2, 0.1)[1]
+    real = registry.publish
+
+    def meddled(store, prefix, files, meta):
+        """Another process shows its own model between our files and our look at them."""
+        monkeypatch.setattr(registry, "publish", real)
+        made = real(store, prefix, files, meta)
+        store.write(f"{prefix}/model_index.json", b"of another")
+        return made
+
+    monkeypatch.setattr(registry, "publish", meddled)
+    assert show_best(store, "10B") == better.model
+    assert shown(store) == "1"
 
 
 def test_the_best_models_are_kept(store):
