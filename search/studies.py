@@ -179,9 +179,17 @@ def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTr
 def _storage(url: str) -> Any:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import ArgumentError
 
     if "://" in url:
-        return RDBStorage(url)
+        try:
+            return RDBStorage(url)
+        except (ImportError, ArgumentError) as error:
+            raise StudyError(
+                f"search.study: {url} cannot be opened ({_first_line(error)}); write "
+                "sqlite:///FILE or postgresql://USER@HOST/NAME, and install the database's driver "
+                "for Python, such as psycopg[binary] for PostgreSQL"
+            ) from error
     Path(url).parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(JournalFileBackend(url))
 

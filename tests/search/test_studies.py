@@ -177,3 +177,9 @@ def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str)
     assert [t.values for t in study.trials] == [[700, 0.25], [700, 0.25]]
     assert [t.constraints for t in study.trials] == [{"budget": 0.125}, {"budget": -0.5}]
     assert [t.number for t in study.best_trials] == [1]
+
+
+@pytest.mark.parametrize("url", ["nosuch://host/name", "mysql+nosuch://host/name"])
+def test_a_database_without_a_driver_is_named(url: str) -> None:
+    with pytest.raises(StudyError, match=r"search.study: .* install the database's driver"):
+        StudyLog(url, "one", "teacher", "search")
