@@ -78,7 +78,7 @@ def draw(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (loss, judge, ratio) = pyplot.subplots(1, 3, figsize=(12, 3.6))
     mine = ours_at(ours, len(ours["trials"]))
@@ -96,6 +96,10 @@ def draw(
     for ax, title in ((loss, "fidelity loss"), (judge, "judge score")):
         ax.set(xscale="log", xlabel="training and scoring, seconds of one core", title=title)
     loss.set_yscale("log")
+    for axis in (loss.xaxis, judge.xaxis, loss.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     loss.legend(fontsize=7)
     ratio.set(xlabel="trials", title="rival's cost / ours")
     ratio.axhline(20, color="grey", lw=0.8)
