@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Literal, cast
 
 from pydantic import (
     Field,
@@ -19,7 +19,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
-    model_validator,
 )
 
 from search.ranks import rank_correlation
@@ -103,14 +102,15 @@ class RecoverConfig(Section):
     shard_teacher: bool = False
     """Whether the teacher is spread over the workers too. Takes less memory and more time."""
 
-    @model_validator(mode="after")
-    def _tiers_end_at_the_end(self) -> Self:
-        if list(self.tiers) != sorted(set(self.tiers)) or self.tiers[-1] != 1:
+    @field_validator("tiers")
+    @classmethod
+    def _end_at_the_end(cls, tiers: tuple[float, ...]) -> tuple[float, ...]:
+        if list(tiers) != sorted(set(tiers)) or tiers[-1] != 1:
             raise ValueError(
-                f"tiers: must ascend and end with 1, got {list(self.tiers)}; write [0.25, 1], or "
-                "[1] to run every schedule to its end"
+                f"must ascend and end with 1, got {list(tiers)}; write [0.25, 1], or [1] to run "
+                "every schedule to its end"
             )
-        return self
+        return tiers
 
     @property
     def range(self) -> tuple[int, int]:
