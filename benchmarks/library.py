@@ -2,19 +2,24 @@
 
     python -m benchmarks.library examples/miniature.yaml
 
-Needs the latents of that sweep (`make demo`, or `espalier encode CONFIG`). Prints one JSON object a
-library size.
+Needs the latents of that sweep (`make demo`, or `espalier encode CONFIG`). With
+`--checkpoint-every N` each replacement saves to a folder meanwhile, as a sweep's workers do. Prints
+one JSON object a library size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
 from cluster.cli.common import open_config
+from storage import layout
+from storage.store import open_store
 from trainers.data.latents import open_latents
+from trainers.library.checkpoints import Checkpoints
 from trainers.library.train import train_replacements
 from trainers.students.plan import BlockPlan
 
@@ -24,6 +29,7 @@ def main() -> None:
     arguments.add_argument("config", type=Path)
     arguments.add_argument("--steps", type=int, default=10)
     arguments.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 13, 26])
+    arguments.add_argument("--checkpoint-every", type=int)
     options = arguments.parse_args()
     sweep = open_config(options.config, [])
     family = sweep.teacher.family
@@ -46,15 +52,27 @@ def main() -> None:
     config = sweep.config.library.training.model_copy(update={"steps": options.steps})
     for size in options.sizes:
         passes = 0
-        started = time.perf_counter()
-        train_replacements(teacher, family, spans[:size], latents, config, seed=0)
+        started, worked = time.perf_counter(), time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = None
+            if options.checkpoint_every:
+                prefixes = {b: layout.replacement("benchmark", str(i)) for i, b in enumerate(spans)}
+                store = open_store(folder)
+                checkpoints = Checkpoints(store, prefixes, options.checkpoint_every)
+            train_replacements(
+                teacher, family, spans[:size], latents, config, 0, checkpoints=checkpoints
+            )
+            if checkpoints:
+                checkpoints.settle()
         seconds = (time.perf_counter() - started) / options.steps
+        worked = (time.process_time() - worked) / options.steps
         print(
             json.dumps(
                 {
                     "replacements": size,
                     "teacher_passes_per_step": passes / options.steps,
                     "ms_per_step": round(1000 * seconds, 1),
+                    "cpu_ms_per_step": round(1000 * worked, 1),
                     "ms_per_step_and_replacement": round(1000 * seconds / size, 1),
                 }
             )

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -63,14 +64,17 @@ class Saver:
         world: int = 1,
         token: str = "0",
         keep: int = 2,
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         """`token`: a word that all ranks of this attempt share and no other attempt has. `keep`:
-        how many checkpoints stay.
+        how many checkpoints stay. `turn`: a lock that savers of one process share which are to
+        send one after another.
 
         The first rank clears away what attempts that were killed have left.
         """
         self._store, self._prefix = store, prefix
         self._rank, self._world, self._token, self._keep = rank, world, token, keep
+        self._turn = turn or nullcontext()
         self._saves = 0
         self._sending: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -128,11 +132,12 @@ class Saver:
     ) -> None:
         at = _at(self._prefix, step)
         try:
-            with stream:
-                write_share(self._store, at, token, self._rank, stream, entries)
-            if self._rank == 0:
-                publish_shares(self._store, at, token, self._world, {_STATE: state})
-                keep_last(self._store, self._prefix, self._keep)
+            with self._turn:
+                with stream:
+                    write_share(self._store, at, token, self._rank, stream, entries)
+                if self._rank == 0:
+                    publish_shares(self._store, at, token, self._world, {_STATE: state})
+                    keep_last(self._store, self._prefix, self._keep)
         except BaseException as error:
             self._failed = error
 
@@ -165,6 +170,12 @@ def latest_checkpoint(
         if agree(whole) and found is not None:
             return found
         below = step
+
+
+def newest_step(store: Store, prefix: str) -> int | None:
+    """The step of the newest checkpoint, or None when there is none; whether it is whole shows when
+    it is loaded."""
+    return max(_steps(store, prefix), default=None)
 
 
 def keep_last(store: Store, prefix: str, count: int) -> None:

@@ -30,6 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Small objects that are written one by one, without a manifest.
 _BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search)/")
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/[^/]+/[^/]+)/checkpoints/step-\d+$")
+_TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/step-\d+$")
 _MODEL = re.compile(r"models/[^/]+/[^/]+$")
 _PARALLEL = 8
 
@@ -68,8 +69,9 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     named = {entry.model for entry in entries(store)}
     for prefix, names in published_at.items():
         mine = [bodies[key] for name in (*names, MANIFEST) if (key := f"{prefix}/{name}") in bodies]
-        checkpoint = _CHECKPOINT.match(prefix)
-        if checkpoint and _ended(checkpoint, published_at):
+        checkpoint, training = _CHECKPOINT.match(prefix), _TRAINING.match(prefix)
+        ended = checkpoint is not None and _ended(checkpoint, published_at)
+        if ended or (training is not None and training[1] in published_at):
             found.append(_garbage("old checkpoint", prefix, mine))
         elif _MODEL.match(prefix) and prefix not in named:
             found.append(_garbage("unregistered model", prefix, mine))

@@ -4,7 +4,8 @@
     costs/DIGEST/                   latency and memory of blocks, by device and teacher
     analysis/DIGEST/                importance, CKA, nominated spans
     probes/DIGEST/                  what fidelity is measured on, and the teacher's velocity there
-    library/TEACHER/DIGEST/         one replacement, by span, variant and training
+    library/TEACHER/DIGEST/         one replacement, by span, variant and training; its
+                                    checkpoints until it is trained
     sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
     studies/NAME.journal            a sweep's trials for optuna-dashboard; may be deleted
     models/BUDGET/NAME/             one published model, never changed; the registry ranks them
@@ -46,6 +47,12 @@ def probe(digest: str) -> str:
 def replacement(teacher: str, digest: str) -> str:
     """One trained replacement; `digest` covers its span, its variant and its training."""
     return f"library/{_name(teacher)}/{_name(digest)}"
+
+
+def library_checkpoints(replacement: str) -> str:
+    """The checkpoints of a replacement in training, by its own prefix: whoever trains it, in
+    whichever group, finds them."""
+    return f"{replacement}/checkpoints"
 
 
 def sweep(name: str) -> str:

@@ -37,12 +37,15 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     said = f", {len(report.failed)} failed" if report.failed else ""
     if report.ridged:
         said += f"; {len(report.ridged)} with singular fits, ridged (more library.fit_batches help)"
+    if report.interruptions:
+        said += f"; {len(report.interruptions)} groups interrupted, gone on from checkpoints"
     return Outcome(
         f"{report.trained} replacements trained, {report.reused} reused{said}",
         {
             "trained": report.trained,
             "reused": report.reused,
             "failed": [[str(block), why] for block, why in report.failed.items()],
+            "interruptions": [str(interruption) for interruption in report.interruptions],
             "replacements": [
                 [block.model_dump(mode="json"), prefix] for block, prefix in report.prefixes.items()
             ],

@@ -1,4 +1,4 @@
-"""Recoveries on Ray Train, with checkpoints on a real S3 server: who dies, and what goes on."""
+"""Libraries and recoveries on Ray, with checkpoints on a real S3 server: who dies, what goes on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ from tests.faults.conftest import Row
 from tests.faults.test_storage import everything_is_published
 from tests.faults.tiny_recovery import prepare, recover_tiny
 from tests.search.test_recover import Killer, alone_losses, prefix_of
+from tests.trainers.library.setting import (
+    ENCODING,
+    LONG,
+    MANY,
+    PROBE,
+    Hit,
+    put_latents,
+    trained_digests,
+)
+from tests.trainers.library.setting import checkpoints as checkpoints_of_library
+from tests.trainers.small import local_ray
+from trainers.library.workers import train_library
 from trainers.teacher import Teacher, open_teacher
 from trainers.worker import LOSSES, load_student
 
@@ -61,6 +73,27 @@ def test_a_worker_is_killed_and_another_run_ends_in_nan(
     assert broken.failed is not None
     assert "not finite" in broken.failed
     row("worker SIGKILLed in a step; NaN in another run", "went on from its checkpoint; NaN told")
+
+
+def test_a_library_worker_is_killed(
+    s3_url: str, tmp_path: Path, teacher: Teacher, row: Row
+) -> None:
+    alone, store = open_store(str(tmp_path / "alone")), open_store(s3_url)
+    hit = Hit(store, teacher, signal.SIGKILL)
+    with local_ray():
+        for where, progress in ((alone, None), (store, hit)):
+            put_latents(where)
+            report = train_library(
+                teacher, MANY, where, ENCODING, LONG, probe=PROBE, workers=2, progress=progress
+            )
+    assert hit.pid is not None
+    assert len(report.interruptions) == 1
+    assert report.interruptions[0].on_from > 0
+    # To the last bit what a run that nothing happened to has trained.
+    assert trained_digests(store, teacher) == trained_digests(alone, teacher)
+    assert checkpoints_of_library(store) == []
+    everything_is_published(store)
+    row("library worker SIGKILLed in a step", "its replacements went on from their checkpoints")
 
 
 def test_the_driver_is_killed_and_resumed(store: Store, teacher: Teacher, row: Row) -> None:

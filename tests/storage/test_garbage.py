@@ -26,6 +26,14 @@ def checkpoint(store, trial):
     saver.finish()
 
 
+def replacement_checkpoint(store, digest):
+    prefix = layout.replacement("t", digest)
+    saver = Saver(store, layout.library_checkpoints(prefix))
+    saver.save(1, {"w": torch.ones(2)}, None)
+    saver.finish()
+    return prefix
+
+
 def fill(store):
     """A store in use."""
     publish(store, "encoded/d", {"a": b"1"})
@@ -34,6 +42,7 @@ def fill(store):
     store.write(f"{layout.stage('sweep', 'search')}/attempt.json", b"{}")
     store.write(f"{layout.search('sweep')}/scores/x.json", b"{}")
     checkpoint(store, "running")
+    replacement_checkpoint(store, "running")
     publish(store, layout.model("10B", "best"), {"w": b"1"})
     entry = Entry(
         budget="10B", plan_digest="p", teacher="t", sweep="sweep", prefix="s",
@@ -84,6 +93,16 @@ def test_checkpoints_of_a_sweep_that_has_recovered_are_old(store):
     assert listed(store) == []
     publish(store, layout.stage("sweep", "recover"), {})
     assert [kind for kind, _ in listed(store)] == ["old checkpoint"]
+
+
+def test_checkpoints_of_a_replacement_that_is_trained_are_old(store):
+    prefix = replacement_checkpoint(store, "d")
+    assert listed(store) == []
+    publish(store, prefix, {"block.safetensors": b"1"})
+    (garbage,) = find_garbage(store, 0)
+    assert garbage.kind == "old checkpoint"
+    discard(store, garbage)
+    assert set(store.keys("library")) == {f"{prefix}/block.safetensors", f"{prefix}/manifest.json"}
 
 
 def test_what_is_young_is_never_listed(store):

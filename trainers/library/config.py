@@ -57,6 +57,18 @@ class LibraryConfig(TrainingConfig):
     group: PositiveInt = 24
     """Replacements that a worker trains in one pass of the teacher, and stores together."""
 
+    checkpoint_every: PositiveInt = 100
+    """Optimizer steps between checkpoints of each replacement."""
+
+    retries: NonNegativeInt = 2
+    """How often replacements whose worker is lost go on without having come to another checkpoint
+    since they lost the one before; the last time each is trained alone, so that one that ends every
+    worker fails alone."""
+
+    timeout: PositiveFloat = 1800.0
+    """Seconds that a step may take, or what is done before the first and after the last; a worker
+    that takes longer hangs, and counts as lost."""
+
     @property
     def training(self) -> TrainingConfig:
         """The part that decides what a replacement becomes."""

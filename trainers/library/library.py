@@ -47,6 +47,8 @@ class ReplacementMeta(Section):
     """Of the replacement."""
     seconds: NonNegativeFloat = 0.0
     """Its share of its group's training time."""
+    continued: tuple[NonNegativeInt, ...] = ()
+    """Steps from whose checkpoints it went on, after its worker was lost or the run cut off."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     """How it was trained."""
 

@@ -8,6 +8,7 @@ is the same whichever others are trained beside it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainers.data.latents import Latents, training_inputs
+from trainers.library.checkpoints import Checkpoints, History
 from trainers.library.config import TrainingConfig
 from trainers.losses import span_loss
 from trainers.optimizer import adamw, rate_at
@@ -41,6 +43,10 @@ class Trained:
     """Why it was dropped, in one sentence."""
     ridged: tuple[str, ...] = ()
     """Linear maps whose system was singular, and so ridged."""
+    seconds: float = 0.0
+    """Its share of the training time."""
+    continued: tuple[int, ...] = ()
+    """Steps from which it went on after it was cut off."""
 
 
 def train_replacements(
@@ -51,6 +57,7 @@ def train_replacements(
     config: TrainingConfig,
     seed: int,
     progress: Progress | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[BlockPlan, Trained]:
     """Train a replacement for each of `blocks` against a frozen teacher, on the teacher's device.
 
@@ -59,8 +66,11 @@ def train_replacements(
     squared error (PPCL, width distillation). Weights and moments are float32; under a teacher of
     lower precision the passes run in its dtype. A replacement whose loss is not finite is dropped
     at that step and says so in its `failed`; the others go on.
+
+    With `checkpoints` each replacement goes on from its own newest one, exactly; those that have
+    come farther join the others at their step.
     """
-    progress = progress or silent()
+    progress, started_at = progress or silent(), time.monotonic()
     example = next(teacher.parameters())
     teacher_config = dict(cast("Any", teacher).config)
     teacher_blocks = family.block_modules(teacher)
@@ -75,11 +85,21 @@ def train_replacements(
     optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr)
     edges = {edge for block in blocks for edge in (block.span[0], block.span[1] + 1)}
     mapped = {block: source_block(started[block]) for block in blocks if family.maps(block)}
-    losses: dict[BlockPlan, list[float]] = {block: [] for block in blocks}
+    histories = {block: History([]) for block in blocks}
+    if checkpoints is not None:
+        histories = {b: checkpoints.restore(b, modules[b], optimizer) for b in blocks}
+    earlier = {block: history.seconds for block, history in histories.items()}
     failed: dict[BlockPlan, str] = {}
-    active = list(blocks)
+    begin = min(len(history.losses) for history in histories.values())
+    progress.update(begin, config.steps)
 
-    for step, batch in enumerate(islice(latents.batches(seed, config.batch_size), config.steps)):
+    batches = latents.batches(seed, config.batch_size, start_step=begin)
+    for step, batch in enumerate(islice(batches, config.steps - begin), begin):
+        active = [b for b in blocks if b not in failed and len(histories[b].losses) == step]
+        if len(failed) == len(blocks):
+            break
+        if not active:
+            continue
         inputs, _ = training_inputs(
             batch.to(example.device, example.dtype), seed, config.timestep_shift
         )
@@ -108,30 +128,36 @@ def train_replacements(
             loss.backward()
             measured.append(loss.detach())
         # Read once a step: every read makes an accelerator wait.
-        for block, value in zip(tuple(active), torch.stack(measured).tolist(), strict=True):
-            losses[block].append(value)
+        for block, value in zip(active, torch.stack(measured).tolist(), strict=True):
+            histories[block].losses.append(value)
             if not math.isfinite(value):
                 failed[block] = f"its loss was not finite at step {step}"
-                active.remove(block)
                 modules[block].zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not active:
-            break
-        mean = sum(losses[block][-1] for block in active) / len(active)
-        progress.update(step + 1, config.steps, loss=mean)
+        whole = [histories[block] for block in active if block not in failed]
+        share = (time.monotonic() - started_at) / len(blocks)
+        for block in active:
+            histories[block].seconds = earlier[block] + share
+            if checkpoints is not None and block not in failed:
+                checkpoints.save(block, modules[block], optimizer, histories[block], config.steps)
+        if whole:
+            mean = sum(history.losses[-1] for history in whole) / len(whole)
+            progress.update(step + 1, config.steps, loss=mean)
 
     return {
         block: Trained(
             block,
             module.to(example.dtype).requires_grad_(False).eval(),
-            tuple(losses[block]),
+            tuple(histories[block].losses),
             failed.get(block),
             tuple(
                 name
                 for name in family.maps(block)
                 if (source_block(started[block]), name) in fitted.ridged
             ),
+            histories[block].seconds,
+            histories[block].continued,
         )
         for block, module in modules.items()
     }

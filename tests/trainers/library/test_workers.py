@@ -9,10 +9,10 @@ import torch
 
 from storage.manifest import publish
 from storage.store import open_store
-from storage.tensors import save_tensors
+from tests.trainers.library.setting import BLOCKS, ENCODING, PROBE, put_latents
 from tests.trainers.small import load_transformer, small_latents
-from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
 from trainers.library.config import LibraryConfig
+from trainers.library.groups import grouped
 from trainers.library.library import (
     Library,
     LibraryError,
@@ -21,39 +21,20 @@ from trainers.library.library import (
     replacement_prefix,
 )
 from trainers.library.train import train_replacements
-from trainers.library.workers import grouped, train_library
-from trainers.probe import ProbeConfig
+from trainers.library.workers import train_library
 from trainers.students.families import FAMILIES
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble
 from trainers.teacher import Teacher
 
-ENCODING = "encoded/test"
 CONFIG = LibraryConfig(steps=3, batch_size=4, warmup=1, group=2)
-PROBE = ProbeConfig(pictures=2, timesteps=2)
-BLOCKS = [
-    BlockPlan(span=(0, 1)),
-    BlockPlan(span=(2, 4), ffn=0.5),
-    BlockPlan(span=(5, 5), ffn=0.5),
-    BlockPlan(span=(5, 5)),
-]
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     """A store that holds the small latents."""
     store = open_store(str(tmp_path / "store"))
-    latents = small_latents()
-    for number, shard in enumerate(latents.shards):
-        tensors = {"latents": shard.latents, "embeds": shard.embeds, "mask": shard.mask}
-        captions = str(list(shard.captions)).replace("'", '"').encode()
-        publish(
-            store,
-            shard_prefix(ENCODING, number),
-            {TENSORS: save_tensors(tensors), CAPTIONS: captions},
-        )
-    meta = EncodedMeta(shards=len(latents.shards), pictures=20, held_out=4)
-    publish(store, ENCODING, {}, meta.model_dump(mode="json"))
+    put_latents(store)
     return store.url
 
 

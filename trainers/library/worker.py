@@ -1,0 +1,110 @@
+"""What each Ray actor of the library is: opens everything once, trains groups, stores them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from storage import layout
+from storage.manifest import publish, withdraw
+from storage.store import StoreOptions, open_store
+from storage.tensors import save_tensors
+from trainers.library.config import LibraryConfig
+from trainers.library.library import LOSSES, TENSORS, ReplacementMeta
+from trainers.placement import Share
+from trainers.probe import FidelityProbe, ProbeConfig, shared_probe
+from trainers.students.plan import BlockPlan
+from trainers.teacher import Teacher
+
+if TYPE_CHECKING:
+    from trainers.data.latents import Latents
+    from trainers.library.train import Trained
+
+
+class LibraryWorker:
+    """One OS process that trains groups of replacements and stores them; a Ray actor."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        url: str,
+        options: StoreOptions | None,
+        encoding: str,
+        config: LibraryConfig,
+        probe: ProbeConfig,
+        seed: int,
+        share: Share,
+    ) -> None:
+        from trainers.data.latents import open_latents
+
+        share.prepare()
+        self._store = open_store(url, options)
+        self._config, self._seed = config, seed
+        self._family = teacher.family
+        self._teacher = teacher.transformer(device=share.device)
+        self._latents: Latents = open_latents(self._store, encoding)
+        self._probe: FidelityProbe = shared_probe(
+            self._store, teacher, self._teacher, self._latents, encoding, probe, seed
+        )
+        self._steps: list[int] = []
+
+    def steps(self) -> tuple[int, int] | None:
+        """From which step the group that is under way went on, and how many are done now; None
+        before training begins."""
+        return (self._steps[0], self._steps[-1]) if self._steps else None
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        """The worker is its own training's progress."""
+        self._steps = [*self._steps[:1], done]
+
+    def train(self, group: Sequence[tuple[BlockPlan, str]]) -> None:
+        """Train and store a group of replacements, each under its own prefix."""
+        from trainers.evaluate import replacement_damages
+        from trainers.library.checkpoints import Checkpoints
+        from trainers.library.train import train_replacements
+
+        self._steps = []
+        checkpoints = Checkpoints(self._store, dict(group), self._config.checkpoint_every)
+        try:
+            trained = train_replacements(
+                self._teacher,
+                self._family,
+                [block for block, _ in group],
+                self._latents,
+                self._config,
+                self._seed,
+                self,
+                checkpoints,
+            )
+        finally:
+            # Whoever trains them next must not meet a save of ours.
+            checkpoints.settle()
+        whole = {block: t.module for block, t in trained.items() if t.failed is None}
+        damages = replacement_damages(self._teacher, self._family, whole, self._probe)
+        for block, prefix in group:
+            self._publish(prefix, trained[block], damages.get(block))
+            withdraw(self._store, layout.library_checkpoints(prefix))
+
+    def _publish(self, prefix: str, trained: Trained, damage: float | None) -> None:
+        tail = trained.losses[-max(1, len(trained.losses) // 10) :]
+        failed = trained.failed
+        if damage is not None and not math.isfinite(damage):
+            damage, failed = None, "its damage was not finite"
+        meta = ReplacementMeta(
+            block=trained.block,
+            damage=damage,
+            loss=None if failed else sum(tail) / len(tail),
+            failed=failed,
+            ridged=trained.ridged,
+            parameters=sum(p.numel() for p in trained.module.parameters()),
+            seconds=trained.seconds,
+            continued=trained.continued,
+            training=self._config.training,
+        )
+        losses = [loss if math.isfinite(loss) else None for loss in trained.losses]
+        files = {LOSSES: json.dumps(losses).encode()}
+        if failed is None:
+            files[TENSORS] = save_tensors(trained.module.state_dict())
+        publish(self._store, prefix, files, meta.model_dump(mode="json"))
