@@ -122,9 +122,9 @@ class StoredTensors:
 
     def _read(self, window: _Window) -> None:
         entry = self._manifest.files.get(window.file)
-        if entry is None or not entry.pieces:
+        if entry is None or not entry.blake3:
             raise self._damaged(f"{window.file} is not among its files")
-        count = min(window.pieces, len(entry.pieces) - window.first)
+        count = min(window.pieces, len(entry.blake3) - window.first)
         if count <= 0:
             raise self._damaged(f"{window.file} is shorter than its index says")
         content = read_pieces(self._store, self._prefix, window.file, entry, window.first, count)
