@@ -222,13 +222,14 @@ def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None =
 
 
 def read_pieces(
-    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
-) -> bytes:
-    """`count` pieces of a published file in pieces, from number `first` on, verified.
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, into: memoryview
+) -> None:
+    """Fill `into` with whole pieces of a published file in pieces, from number `first` on,
+    verified; the file's last piece may be shorter than others.
 
     Raises `DamagedError` naming the file.
     """
-    return twice(partial(_read_pieces, store, prefix, name, entry, first, count))
+    twice(partial(_read_pieces, store, prefix, name, entry, first, into))
 
 
 def read_json(store: Store, prefix: str, name: str, manifest: Manifest | None = None) -> JsonValue:
@@ -311,28 +312,26 @@ def _digest(manifest: Manifest) -> str:
 
 
 def _read_pieces(
-    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
-) -> bytes:
-    start, end = first * PIECE, min((first + count) * PIECE, entry.size)
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, into: memoryview
+) -> None:
+    start = first * PIECE
     try:
-        content = store.ranged(f"{prefix}/{name}", start, end)
+        got = store.read_into(f"{prefix}/{name}", start, into)
     except MissingKey:
         raise _gone(store, prefix, name) from None
     where = _where(store, f"{prefix}/{name}")
-    if len(content) < end - start:
+    if got < len(into):
         raise DamagedError(
-            f"{where}: ends at {start + len(content)} bytes, but {entry.size} were published; "
+            f"{where}: ends at {start + got} bytes, but {entry.size} were published; "
             f"{_remedy(prefix)}"
         )
-    view = memoryview(content)
-    for number in range(first, first + count):
-        at = (number - first) * PIECE
-        if blake3(view[at : at + PIECE]).hexdigest() != entry.blake3[number]:
+    for at in range(0, len(into), PIECE):
+        number = first + at // PIECE
+        if blake3(into[at : at + PIECE]).hexdigest() != entry.blake3[number]:
             raise DamagedError(
                 f"{where}: its bytes from {number * PIECE} on are not what was published (another "
                 f"digest); {_remedy(prefix)}"
             )
-    return content
 
 
 def _check_names(names: Iterable[str]) -> None:

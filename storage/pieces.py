@@ -22,7 +22,7 @@ class PiecedFile:
     def __init__(self, store: Store, prefix: str, name: str, entry: FileEntry) -> None:
         self.size = entry.size
         self._store, self._prefix, self._name, self._entry = store, prefix, name, entry
-        self._kept = (-1, b"")
+        self._kept = (-1, bytearray())
 
     def open(self) -> BinaryIO:
         """A seekable stream at its start; reading raises DamagedError naming the file."""
@@ -37,7 +37,10 @@ class PiecedFile:
         number, content = self._kept
         if first != number:
             count = min((end - 1) // PIECE + 1 - first, _AT_ONCE)
-            content = read_pieces(self._store, self._prefix, self._name, self._entry, first, count)
+            content = bytearray(min((first + count) * PIECE, self.size) - first * PIECE)
+            read_pieces(
+                self._store, self._prefix, self._name, self._entry, first, memoryview(content)
+            )
             # A copy, or the whole request's bytes would stay.
             self._kept = (first + count - 1, content[(count - 1) * PIECE :])
         start = at - first * PIECE
