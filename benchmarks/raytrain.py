@@ -201,7 +201,7 @@ def under_ray(notes: str) -> None:
     from search.racing import TRAIN_ENVIRONMENT
 
     os.environ.update(TRAIN_ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     TorchTrainer(
         ray_worker,
         train_loop_config={"notes": notes},
