@@ -3,13 +3,17 @@
     make bench-checkpoint
 
 Ranks are processes of equal shards. In turns, several times: raw multipart puts of as many bytes,
-a checkpoint, raw ranged gets, a restore. Prints one JSON object; ratios are medians over the turns.
+a checkpoint, raw puts again; raw ranged gets, a restore, raw gets again. Each is held against the
+mean of the raw ones around it. Prints one JSON object; ratios are medians over the turns, and one
+is of the seconds that client and server together computed: on a machine whose cores are all busy
+nothing else decides, and other work on it does not count there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -21,6 +25,8 @@ from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, cast
+
+import psutil
 
 from storage.s3 import _IN_FLIGHT, _PART, S3Store
 from storage.store import Store, open_store
@@ -43,12 +49,15 @@ def main() -> None:
     options = arguments.parse_args()
     with (
         tempfile.TemporaryDirectory(dir=options.served) as folder,
-        serving(Path(folder) / "s3") as server,
+        # Like S3 itself it hashes no whole object; rclone would at the first listing or get, and at
+        # each of several gets that come together.
+        serving(Path(folder) / "s3", "--etag-hash", "") as server,
     ):
+        (serves,) = psutil.Process().children()
         os.environ.update(environment(server))
         context = multiprocessing.get_context("spawn")
         barrier, results = context.Barrier(options.ranks), context.SimpleQueue()
-        work = (options, f"s3://{server.bucket}/bench", barrier, results)
+        work = (options, f"s3://{server.bucket}/bench", serves.pid, barrier, results)
         ranks = [context.Process(target=run_rank, args=(i, *work)) for i in range(options.ranks)]
         for process in ranks:
             process.start()
@@ -66,7 +75,7 @@ def main() -> None:
 
 
 def run_rank(
-    rank: int, options: argparse.Namespace, url: str, barrier: Barrier, results: Any
+    rank: int, options: argparse.Namespace, url: str, serves: int, barrier: Barrier, results: Any
 ) -> None:
     import torch
 
@@ -74,6 +83,8 @@ def run_rank(
 
     torch.set_num_threads(1)
     store = open_store(url)
+    # The server's time counts once.
+    computing = [psutil.Process(), *([psutil.Process(serves)] if rank == 0 else [])]
     rows = int(options.gib * 2**30 / 4 / 4096 / 16)
     names = [f"rank{rank}/block{i}" for i in range(16)]
     held = {name: torch.randn(rows, 4096) for name in names}
@@ -87,11 +98,12 @@ def run_rank(
             name: str, act: Callable[[], object], seconds: dict[str, float] = seconds
         ) -> None:
             barrier.wait()
-            before = reset_peak()
+            before, computed = reset_peak(), cpu_seconds(computing)
             started = time.perf_counter()
             act()
             barrier.wait()  # as long as the last rank
             seconds[name] = time.perf_counter() - started
+            seconds[f"{name}_cpu"] = cpu_seconds(computing) - computed
             seconds[f"{name}_memory"] = peak() - before
 
         timed("raw_put", lambda: raw_put(store, f"raw/{rank}", size))
@@ -99,13 +111,16 @@ def run_rank(
         timed("stage", partial(saver.save, turn, {}, {"turn": turn}, own=held))
         seconds["blocked"] = saver.blocked - blocked
         timed("upload", saver.finish)
+        timed("raw_put_after", lambda: raw_put(store, f"raw/{rank}", size))
+        # Written, since pages that nobody has touched would be made during the restore.
+        into = {name: torch.full((rows, 4096), math.nan) for name in names}
         timed("raw_get", lambda: raw_get(store, f"raw/{rank}", size))
-        into = {name: torch.zeros(rows, 4096) for name in names}
 
         def load(checkpoint: Checkpoint, into: dict[str, torch.Tensor] = into) -> None:
             checkpoint.tensors.fill(into)
 
         timed("restore", lambda: latest_checkpoint(store, "run", load))
+        timed("raw_get_after", lambda: raw_get(store, f"raw/{rank}", size))
         assert all(torch.equal(held[name], into[name]) for name in names)
         del into
         if turn:
@@ -149,6 +164,11 @@ def raw(store: Store, key: str) -> tuple[Any, str, str]:
     return s3._files, s3._bucket, f"{s3._prefix}/{key}"
 
 
+def cpu_seconds(processes: list[psutil.Process]) -> float:
+    """That they have computed so far, in their own code and in the system's for them."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
 def reset_peak() -> float:
     """Bytes this process holds now, from which its peak is counted anew."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -173,14 +193,26 @@ def summary(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
         for turn in range(options.turns):
             yield max(rank["turns"][turn][name] for rank in ranks)
 
+    def around(name: str) -> Iterator[float]:
+        return ((a + b) / 2 for a, b in zip(each(name), each(f"{name}_after"), strict=True))
+
+    def computed(name: str) -> float:
+        return sum(sum(turn[f"{name}_cpu"] for turn in rank["turns"]) for rank in ranks)
+
     def middle(values: Iterator[float]) -> float:
         return round(statistics.median(values), 3)
 
-    def rate(name: str) -> float:
-        return middle(size / 2**20 / seconds for seconds in each(name))
+    def rate(times: Iterator[float]) -> float:
+        return middle(size / 2**20 / seconds for seconds in times)
 
-    def ratio(raw: str, ours: str) -> float:
-        return middle(a / b for a, b in zip(each(raw), each(ours), strict=True))
+    def ratios(raw: str, ours: str) -> dict[str, Any]:
+        found = [a / b for a, b in zip(around(raw), each(ours), strict=True)]
+        cpu = (computed(raw) + computed(f"{raw}_after")) / 2 / computed(ours)
+        return {
+            "median": middle(iter(found)),
+            "all": [round(ratio, 3) for ratio in found],
+            "of_cpu_seconds": round(cpu, 3),
+        }
 
     memory = {
         name: round(max(each(f"{name}_memory")) / 2**20)
@@ -191,9 +223,21 @@ def summary(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
         "ranks": len(ranks),
         "gib_a_rank": round(size / len(ranks) / 2**30, 2),
         "turns": options.turns,
-        "mib_a_second": {n: rate(n) for n in ("raw_put", "upload", "raw_get", "restore", "stage")},
-        "upload_of_raw": ratio("raw_put", "upload"),
-        "restore_of_raw": ratio("raw_get", "restore"),
+        "mib_a_second": {n: rate(around(n)) for n in ("raw_put", "raw_get")}
+        | {n: rate(each(n)) for n in ("upload", "restore", "stage")},
+        "cpu_seconds_a_gib": {
+            name: round(computed(name) / options.turns / size * 2**30, 2)
+            for name in (
+                "raw_put",
+                "upload",
+                "raw_put_after",
+                "raw_get",
+                "restore",
+                "raw_get_after",
+            )
+        },
+        "upload_of_raw": ratios("raw_put", "upload"),
+        "restore_of_raw": ratios("raw_get", "restore"),
         "peak_extra_mib_a_rank": memory,
         "blocked_seconds": blocked,
         "step_seconds": STEP_SECONDS,

@@ -11,11 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +23,7 @@ import torch.distributed
 from benchmarks.memory import PeakMemory
 from trainers.distilled import Distilled, Observed, compile_blocks
 from trainers.estimate import GPUS, Gpu, Pictures, Run, block_flops, estimate, step_flops
-from trainers.optimizer import make_optimizer, rate_at, set_rate
+from trainers.optimizer import make_optimizer
 from trainers.recovery import Example, backward, set_trainable, train_step
 from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
 from trainers.sharded import shard
@@ -46,26 +42,22 @@ SMALL: Config = {
     "num_layers": 12,
 }
 """Blocks of 0.6M parameters, for a CPU."""
-WARM = 5
-WORKERS = 2
 Row = dict[str, Any]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--only", choices=["memory", "ray", "gpu"])
-    arguments.add_argument("--steps", type=int, default=100, help="timed steps under Ray Train")
-    arguments.add_argument("--repeats", type=int, default=5, help="pairs of runs")
-    arguments.add_argument("--bare", type=Path, help="run one torchrun worker, write times here")
+    arguments.add_argument("--turns", type=int, default=15, help="of Ray Train, and of torchrun")
+    arguments.add_argument("--seconds", type=float, default=10.0, help="a turn's length")
     options = arguments.parse_args()
-    if options.bare:
-        bare_worker(options.steps, options.bare)
-        return
     rows: list[Iterator[Row]] = []
     if options.only in (None, "memory"):
         rows.append(memory_rows(SMALL, (12, 24, 48)))
     if options.only in (None, "ray"):
-        rows.append(ray_rows(options.steps, options.repeats))
+        from benchmarks.raytrain import ray_rows
+
+        rows.append(ray_rows(options.turns, options.seconds))
     if options.only in (None, "gpu"):
         rows.append(gpu_rows())
     for row in itertools.chain(*rows):
@@ -87,102 +79,6 @@ def memory_rows(config: Config, depths: Sequence[int], side: int = 16) -> Iterat
                 backward(student, teacher, example, phase, lambda value: value)
             row[f"{phase.loss}_mib"] = round(memory.peak / 2**20, 1)
         yield row
-
-
-def ray_rows(steps: int, repeats: int) -> Iterator[Row]:
-    """The same loop bare and under Ray Train, by turns: a run's rate is over all its warm steps,
-    reports among them; medians of the runs, and of the pairs' ratios."""
-    import ray
-
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
-    rates: dict[str, list[float]] = {"torchrun": [], "ray": []}
-    try:
-        for _ in range(repeats):
-            rates["torchrun"].append(1 / statistics.mean(under_torchrun(steps)))
-            rates["ray"].append(1 / statistics.mean(under_ray(steps)))
-    finally:
-        ray.shutdown()
-    ratios = [ray / bare for bare, ray in zip(rates["torchrun"], rates["ray"], strict=True)]
-    yield {
-        "part": "ray",
-        "workers": WORKERS,
-        "steps": steps,
-        "torchrun_steps_per_s": round(statistics.median(rates["torchrun"]), 2),
-        "ray_steps_per_s": round(statistics.median(rates["ray"]), 2),
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        "ratio": round(statistics.median(ratios), 3),
-    }
-
-
-def under_torchrun(steps: int) -> list[float]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "times.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc_per_node={WORKERS}", "-m", "benchmarks.train",
-            "--steps", str(steps), "--bare", str(out),
-        ]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
-        return list(json.loads(out.read_text()))
-
-
-def bare_worker(steps: int, out: Path) -> None:
-    torch.distributed.init_process_group("gloo")
-    seconds = timed_loop(steps, lambda facts: None)
-    if torch.distributed.get_rank() == 0:
-        out.write_text(json.dumps(seconds))
-    torch.distributed.destroy_process_group()
-
-
-def under_ray(steps: int) -> list[float]:
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "times.json"
-        TorchTrainer(
-            ray_worker,
-            train_loop_config={"steps": steps, "out": str(out)},
-            scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 0.5}),
-            run_config=RunConfig(name="benchmark", storage_path=folder),
-        ).fit()
-        return list(json.loads(out.read_text()))
-
-
-def ray_worker(config: dict[str, Any]) -> None:
-    import ray.train
-
-    seconds = timed_loop(config["steps"], ray.train.report)
-    if torch.distributed.get_rank() == 0:
-        Path(config["out"]).write_text(json.dumps(seconds))
-
-
-def timed_loop(steps: int, report: Callable[[dict[str, Any]], None]) -> list[float]:
-    """Seconds of each warm step of a sharded whole-model phase; reports as often as a recovery."""
-    torch.set_num_threads(1)
-    phase = phases(batch=4 * WORKERS)[1]
-    plan = halved(12)
-    student, teacher = built(SMALL, plan, PLAIN)
-    shard(student, torch.device("cpu"), torch.float32)
-    set_trainable(student, phase)
-    optimizer = make_optimizer("adamw", student.parameters(), phase.lr)
-    share = phase.batch_size // torch.distributed.get_world_size()
-    example = drawn(SMALL, Pictures(64, 16), share)
-
-    def mean(value: torch.Tensor) -> torch.Tensor:
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        return value / torch.distributed.get_world_size()
-
-    seconds = []
-    for step in range(WARM + steps):
-        begun = time.perf_counter()
-        set_rate(optimizer, phase.lr * rate_at(step, WARM + steps, phase.warmup))
-        loss = train_step(student, teacher, example, phase, optimizer, mean)
-        if step % max(1, steps // 20) == 0:
-            report({"step": step, "loss": loss})
-        seconds.append(time.perf_counter() - begun)
-    return seconds[WARM:]
 
 
 def gpu_rows() -> Iterator[Row]:

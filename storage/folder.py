@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from storage.errors import MissingKey, StoreError
 from storage.store import Stored, Unfinished, check_key
@@ -59,10 +59,11 @@ class FolderStore:
         except OSError as error:
             raise self._refused(key, error) from error
 
-    def ranged(self, key: str, start: int, end: int) -> bytes:
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
         with self.read(key) as stream:
             stream.seek(start)
-            return stream.read(end - start)
+            # Buffered, so that it reads until the buffer is full or the body ends.
+            return cast("io.BufferedReader", stream).readinto(buffer)
 
     def write(self, key: str, body: BinaryIO | bytes) -> None:
         target = self._path(key)

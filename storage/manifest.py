@@ -15,11 +15,18 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated, BinaryIO, Generic, Protocol, TypeAlias, TypeVar, cast
+from typing import Annotated, BinaryIO, Self, TypeAlias, TypeVar, cast
 
-from pydantic import Field, JsonValue, NonNegativeInt, ValidationError, field_validator
+from blake3 import blake3
+from pydantic import (
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from storage.digest import sha256_file
 from storage.errors import DamagedError, MissingKey, StoreError
 from storage.section import Section
 from storage.store import Store, check_key
@@ -28,7 +35,7 @@ MANIFEST = "manifest.json"
 PIECE = 4 * 2**20
 """Bytes that are verified together in a file that is read by range."""
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,34 +49,39 @@ _PARALLEL = 4
 
 
 class FileEntry(Section):
-    """One published file."""
+    """One published file, with a digest of its whole content, of its pieces, or both."""
 
     size: NonNegativeInt
     """Bytes."""
-    sha256: Sha256
-    """Digest of the whole content; of a file in pieces, of its pieces' digests put together."""
-    pieces: tuple[Sha256, ...] = Field(default=(), exclude_if=lambda pieces: not pieces)
-    """Digests of each PIECE bytes, for a file that is read by range; empty for any other."""
+    sha256: Digest | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    """Of the whole content. A rank's shards have none: they are many, nobody reads them whole, and
+    BLAKE3 takes a fifth of the time."""
+    blake3: tuple[Digest, ...] = Field(default=(), exclude_if=lambda pieces: not pieces)
+    """Of each PIECE bytes, for a file that is read by range; empty for any other."""
+
+    @model_validator(mode="after")
+    def _has_a_digest(self) -> Self:
+        if self.sha256 is None and not self.blake3:
+            raise ValueError("a file without a digest")
+        return self
 
     def hasher(self) -> Hasher:
-        """What makes `sha256` of the content."""
-        return PieceHasher() if self.pieces else hashlib.sha256()
+        """What `is_of` is asked about once it has seen the content."""
+        return PieceHasher() if self.sha256 is None else hashlib.sha256()
 
-
-class Hasher(Protocol):
-    """Takes content bit by bit."""
-
-    def update(self, content: bytes, /) -> None: ...
-
-    def hexdigest(self) -> str: ...
+    def is_of(self, hasher: Hasher) -> bool:
+        """Whether the content is the published one."""
+        if isinstance(hasher, PieceHasher):
+            return hasher.pieces() == self.blake3
+        return hasher.hexdigest() == self.sha256
 
 
 class PieceHasher:
-    """Digests of the pieces of a content, and one of them all."""
+    """Digests of the pieces of a content."""
 
     def __init__(self) -> None:
-        self._done: list[bytes] = []
-        self._current, self._room = hashlib.sha256(), PIECE
+        self._done: list[str] = []
+        self._current, self._room = blake3(), PIECE
 
     def update(self, content: bytes) -> None:
         view = memoryview(content)
@@ -78,35 +90,31 @@ class PieceHasher:
             self._current.update(part)
             self._room -= len(part)
             if self._room == 0:
-                self._done.append(self._current.digest())
-                self._current, self._room = hashlib.sha256(), PIECE
+                self._done.append(self._current.hexdigest())
+                self._current, self._room = blake3(), PIECE
 
     def pieces(self) -> tuple[str, ...]:
-        return tuple(digest.hex() for digest in self._digests())
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(self._digests())).hexdigest()
-
-    def _digests(self) -> list[bytes]:
-        return [*self._done, self._current.digest()] if self._room < PIECE else self._done
+        return (*self._done, *([self._current.hexdigest()] if self._room < PIECE else []))
 
 
-AnyHasher = TypeVar("AnyHasher", bound=Hasher)
+Hasher: TypeAlias = "hashlib._Hash | PieceHasher"
+"""Takes content bit by bit."""
 
 
-class Hashed(io.RawIOBase, Generic[AnyHasher]):
+class Hashed(io.RawIOBase):
     """A stream that is hashed as it passes."""
 
-    def __init__(self, stream: BinaryIO, hasher: AnyHasher) -> None:
-        self._stream = stream
-        self.hasher, self.size = hasher, 0
+    def __init__(self, stream: BinaryIO, *hashers: Hasher) -> None:
+        self._stream, self._hashers = stream, hashers
+        self.size = 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
         content = self._stream.read(size)
-        self.hasher.update(content)
+        for hasher in self._hashers:
+            hasher.update(content)
         self.size += len(content)
         return content
 
@@ -118,7 +126,7 @@ class Manifest(Section):
     """By name, relative to the prefix."""
     meta: dict[str, JsonValue] = Field(default_factory=dict)
     """Small facts about the whole, such as a loss or what it was made from."""
-    digest: Sha256 | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    digest: Digest | None = Field(default=None, exclude_if=lambda digest: digest is None)
     """Of the manifest itself without this; those of the first version have none."""
 
     @field_validator("files")
@@ -205,22 +213,23 @@ def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None =
                 content = stream.read()
         except MissingKey:
             raise _gone(store, prefix, name) from None
-        digest = entry.hasher()
-        digest.update(content)
-        _verify(store, prefix, name, entry, len(content), digest.hexdigest())
+        hasher = entry.hasher()
+        hasher.update(content)
+        _verify(store, prefix, name, entry, len(content), hasher)
         return content
 
     return twice(read)
 
 
 def read_pieces(
-    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
-) -> bytes:
-    """`count` pieces of a published file in pieces, from number `first` on, verified.
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, into: memoryview
+) -> None:
+    """Fill `into` with whole pieces of a published file in pieces, from number `first` on,
+    verified; the file's last piece may be shorter than others.
 
     Raises `DamagedError` naming the file.
     """
-    return twice(partial(_read_pieces, store, prefix, name, entry, first, count))
+    twice(partial(_read_pieces, store, prefix, name, entry, first, into))
 
 
 def read_json(store: Store, prefix: str, name: str, manifest: Manifest | None = None) -> JsonValue:
@@ -244,15 +253,15 @@ def verify(store: Store, prefix: str) -> Manifest:
 
     def check(item: tuple[str, FileEntry]) -> None:
         name, entry = item
-        digest, size = entry.hasher(), 0
+        hasher, size = entry.hasher(), 0
         try:
             with store.read(f"{prefix}/{name}") as source:
                 while chunk := source.read(1 << 20):
-                    digest.update(chunk)
+                    hasher.update(chunk)
                     size += len(chunk)
         except MissingKey:
             raise _gone(store, prefix, name) from None
-        _verify(store, prefix, name, entry, size, digest.hexdigest())
+        _verify(store, prefix, name, entry, size, hasher)
 
     _in_parallel(lambda item: twice(partial(check, item)), manifest.files.items())
     return manifest
@@ -303,28 +312,26 @@ def _digest(manifest: Manifest) -> str:
 
 
 def _read_pieces(
-    store: Store, prefix: str, name: str, entry: FileEntry, first: int, count: int
-) -> bytes:
-    start, end = first * PIECE, min((first + count) * PIECE, entry.size)
+    store: Store, prefix: str, name: str, entry: FileEntry, first: int, into: memoryview
+) -> None:
+    start = first * PIECE
     try:
-        content = store.ranged(f"{prefix}/{name}", start, end)
+        got = store.read_into(f"{prefix}/{name}", start, into)
     except MissingKey:
         raise _gone(store, prefix, name) from None
     where = _where(store, f"{prefix}/{name}")
-    if len(content) < end - start:
+    if got < len(into):
         raise DamagedError(
-            f"{where}: ends at {start + len(content)} bytes, but {entry.size} were published; "
+            f"{where}: ends at {start + got} bytes, but {entry.size} were published; "
             f"{_remedy(prefix)}"
         )
-    view = memoryview(content)
-    for number in range(first, first + count):
-        at = (number - first) * PIECE
-        if hashlib.sha256(view[at : at + PIECE]).hexdigest() != entry.pieces[number]:
+    for at in range(0, len(into), PIECE):
+        number = first + at // PIECE
+        if blake3(into[at : at + PIECE]).hexdigest() != entry.blake3[number]:
             raise DamagedError(
                 f"{where}: its bytes from {number * PIECE} on are not what was published (another "
                 f"digest); {_remedy(prefix)}"
             )
-    return content
 
 
 def _check_names(names: Iterable[str]) -> None:
@@ -336,37 +343,35 @@ def _check_names(names: Iterable[str]) -> None:
 def _write(store: Store, prefix: str, item: tuple[str, Body]) -> FileEntry:
     name, body = item
     key = f"{prefix}/{name}"
-    if isinstance(body, Path):
-        entry = FileEntry(size=body.stat().st_size, sha256=sha256_file(body))
-        with body.open("rb") as stream:
-            store.write(key, stream)
-        return entry
-    content = body if isinstance(body, bytes) else body()
-    if not isinstance(content, bytes):
-        with content:
-            hashed = Hashed(content, hashlib.sha256())
-            store.write(key, cast("BinaryIO", hashed))
-        return FileEntry(size=hashed.size, sha256=hashed.hasher.hexdigest())
-    store.write(key, content)
-    return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    content = (
+        body.open("rb") if isinstance(body, Path) else body if isinstance(body, bytes) else body()
+    )
+    if isinstance(content, bytes):
+        store.write(key, content)
+        return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    whole, pieces = hashlib.sha256(), PieceHasher()
+    with content:
+        hashed = Hashed(content, whole, pieces)
+        store.write(key, cast("BinaryIO", hashed))
+    return FileEntry(size=hashed.size, sha256=whole.hexdigest(), blake3=pieces.pieces())
 
 
 def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEntry]) -> None:
     name, entry = item
     target = folder / name
-    if target.is_file() and _digest_of(target, entry) == entry.sha256:
+    if target.is_file() and _is_of(target, entry):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     path = Path(temporary)
-    digest, size = entry.hasher(), 0
+    hasher, size = entry.hasher(), 0
     try:
         with os.fdopen(handle, "wb") as stream, store.read(f"{prefix}/{name}") as source:
             while chunk := source.read(1 << 20):
                 stream.write(chunk)
-                digest.update(chunk)
+                hasher.update(chunk)
                 size += len(chunk)
-        _verify(store, prefix, name, entry, size, digest.hexdigest())
+        _verify(store, prefix, name, entry, size, hasher)
         # mkstemp makes files that only their owner reads.
         path.chmod(0o644)
         path.replace(target)
@@ -376,21 +381,23 @@ def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEn
         path.unlink(missing_ok=True)
 
 
-def _digest_of(path: Path, entry: FileEntry) -> str:
-    digest = entry.hasher()
+def _is_of(path: Path, entry: FileEntry) -> bool:
+    hasher = entry.hasher()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            hasher.update(chunk)
+    return entry.is_of(hasher)
 
 
-def _verify(store: Store, prefix: str, name: str, entry: FileEntry, size: int, sha256: str) -> None:
+def _verify(
+    store: Store, prefix: str, name: str, entry: FileEntry, size: int, hasher: Hasher
+) -> None:
     where = _where(store, f"{prefix}/{name}")
     if size != entry.size:
         raise DamagedError(
             f"{where}: {size} bytes, but {entry.size} were published; {_remedy(prefix)}"
         )
-    if sha256 != entry.sha256:
+    if not entry.is_of(hasher):
         raise DamagedError(
             f"{where}: its content is not what was published (another digest); {_remedy(prefix)}"
         )

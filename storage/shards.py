@@ -208,12 +208,12 @@ def write_share(
     """Write this rank's file, then what is in it. `token` is one word of all ranks for this write,
     so that nothing left of an earlier one is taken for a part of it."""
     name = f"{token}-rank-{rank:05d}"
-    hashed = Hashed(stream, PieceHasher())
+    pieces = PieceHasher()
+    hashed = Hashed(stream, pieces)
     store.write(f"{prefix}/{name}.safetensors", cast("BinaryIO", hashed))
-    pieces = hashed.hasher.pieces()
     share = Share(
         file=f"{name}.safetensors",
-        entry=FileEntry(size=hashed.size, sha256=hashed.hasher.hexdigest(), pieces=pieces),
+        entry=FileEntry(size=hashed.size, blake3=pieces.pieces()),
         tensors=dict(tensors),
     )
     content = share.model_dump_json().encode()
@@ -247,9 +247,7 @@ def publish_shares(
     small = {**files, INDEX: Index.dump_json(index)}
     entries = {share.file: share.entry for share in shares}
     for name, content in small.items():
-        hasher = FileEntry(size=0, sha256="0" * 64).hasher()
-        hasher.update(content)
-        entries[name] = FileEntry(size=len(content), sha256=hasher.hexdigest())
+        entries[name] = FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         store.write(f"{prefix}/{name}", content)
     manifest = commit(store, prefix, entries, meta)
     kept = {MANIFEST, *entries}

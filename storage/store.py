@@ -66,8 +66,9 @@ class Store(Protocol):
         """The seekable body, at its start; the caller closes it. Raises `MissingKey`."""
         ...
 
-    def ranged(self, key: str, start: int, end: int) -> bytes:
-        """The bytes from `start` up to `end`, fewer where the body ends. Raises `MissingKey`."""
+    def read_into(self, key: str, start: int, buffer: memoryview) -> int:
+        """Fill the buffer from byte `start` of the body on; how many bytes there were, fewer than
+        the buffer's where the body ends. Raises `MissingKey`."""
         ...
 
     def write(self, key: str, body: BinaryIO | bytes) -> None:

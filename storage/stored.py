@@ -122,13 +122,18 @@ class StoredTensors:
 
     def _read(self, window: _Window) -> None:
         entry = self._manifest.files.get(window.file)
-        if entry is None or not entry.pieces:
+        if entry is None or not entry.blake3:
             raise self._damaged(f"{window.file} is not among its files")
-        count = min(window.pieces, len(entry.pieces) - window.first)
+        count = min(window.pieces, len(entry.blake3) - window.first)
         if count <= 0:
             raise self._damaged(f"{window.file} is shorter than its index says")
-        content = read_pieces(self._store, self._prefix, window.file, entry, window.first, count)
         start = window.first * PIECE
+        end = min(start + count * PIECE, entry.size)
+        whole = _in_place(window.runs, start, end)
+        content = memoryview(bytearray(end - start)) if whole is None else whole
+        read_pieces(self._store, self._prefix, window.file, entry, window.first, content)
+        if whole is not None:
+            return
         for run in window.runs:
             low = max(run.begin, start)
             high = min(run.begin + run.length, start + len(content))
@@ -214,7 +219,18 @@ def _windows(file: str, runs: list[_Run]) -> Iterator[_Window]:
         yield _Window(file, group[0], len(group), runs[start:end])
 
 
-def _put(content: bytes, start: int, length: int, into: Tensor, at: int) -> None:
+def _in_place(runs: Sequence[_Run], start: int, end: int) -> memoryview | None:
+    """Where the bytes of a file from `start` to `end` lie in a tensor's memory, if they all do."""
+    if len(runs) != 1:
+        return None
+    (run,) = runs
+    if run.into.device.type != "cpu" or run.begin > start or run.begin + run.length < end:
+        return None
+    at = run.at + start - run.begin
+    return memoryview(run.into.numpy().data)[at : at + end - start]
+
+
+def _put(content: memoryview, start: int, length: int, into: Tensor, at: int) -> None:
     import numpy as np
     import torch
 

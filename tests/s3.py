@@ -30,15 +30,16 @@ class S3Server:
 
 
 @contextmanager
-def serving(root: Path) -> Iterator[S3Server]:
-    """A server of a new folder, on a free loopback port, with one bucket; ended with the block."""
+def serving(root: Path, *options: str) -> Iterator[S3Server]:
+    """A server of a new folder, on a free loopback port, with one bucket; ended with the block.
+    `options` are rclone's."""
     (root / _BUCKET).mkdir(parents=True)
     port = _free_port()
     server = S3Server(f"http://127.0.0.1:{port}", "espalier-key", "espalier-secret", _BUCKET)
     log = root.with_name(f"{root.name}.log")
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [_rclone(), "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}"],
+            [_rclone(), "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}", *options],
             # An empty configuration file: a developer's own remotes stay out of the tests.
             env={
                 **os.environ,

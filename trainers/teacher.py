@@ -17,6 +17,7 @@ from pydantic import JsonValue
 from storage.digest import digest_json, sha256_file
 from storage.errors import DamagedError, EspalierError
 from storage.manifest import MANIFEST, Manifest, published
+from storage.pieces import PiecedFile
 from storage.store import Store, open_store
 from storage.tensors import check_safetensors, load_tensors
 from trainers.cache import local_copy
@@ -65,7 +66,9 @@ class Teacher:
     config: Config = field(compare=False)
     """transformer/config.json."""
     url: str | None = None
-    """Of one in a store: where its transformer's weights are read by range."""
+    """Of one in a store: where its transformer's weights are read by range, each piece verified.
+    One published before files had digests of their pieces is read as it comes: only a file that
+    ends too early is noticed."""
 
     def weights(self) -> Weights:
         """The transformer's, of which nothing but names is read before it is asked for."""
@@ -75,8 +78,15 @@ class Teacher:
             files = map(str, _weights(self.folder / "transformer"))
             return Weights({file: partial(FileIO, file) for file in files})
         store, prefix, manifest = _published(self.url)
-        names = [name for name in manifest.files if _is_remote(name)]
-        return Weights({n: partial(store.read, f"{prefix}/{n}") for n in sorted(names)})
+        return Weights(
+            {
+                name: PiecedFile(store, prefix, name, entry).open
+                if entry.blake3
+                else partial(store.read, f"{prefix}/{name}")
+                for name, entry in sorted(manifest.files.items())
+                if _is_remote(name)
+            }
+        )
 
     def transformer(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

@@ -130,6 +130,7 @@ def train_loop(config: dict[str, Any]) -> None:
         recover_steadily,
         student_weights,
     )
+    from trainers.reporting import Reporter
     from trainers.sharded import load_distilled, load_observed
     from trainers.teacher import open_teacher
     from trainers.weights import StreamedBlocks, fill_student
@@ -160,6 +161,11 @@ def train_loop(config: dict[str, Any]) -> None:
     saver = Saver(
         store, job.checkpoints, rank=rank, world=world, token=token, keep=job.keep_checkpoints
     )
+
+    def on_all_ranks(found: bool) -> bool:
+        return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
+
+    reporter = Reporter(on_all_ranks)
 
     def latest() -> Start | None:
         nonlocal before
@@ -200,8 +206,8 @@ def train_loop(config: dict[str, Any]) -> None:
         done = len(losses)
         if done % every == 0:
             loss_now = sum(losses[-every:]) / every
-            told = {"step": done, "steps": job.until, "phase": at.phase, "loss": loss_now}
-            ray.train.report(told)
+            facts = {"step": done, "steps": job.until, "phase": at.phase, "loss": loss_now}
+            reporter.tell_now_and_then(facts)
 
     def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         done = at.done(job.schedule)
@@ -211,9 +217,6 @@ def train_loop(config: dict[str, Any]) -> None:
         held = held_tensors(student, optimizer if at.step else None)
         state = {"at": [at.phase, at.step], "losses": losses, "seconds": seconds()}
         saver.save(done, held, cast("JsonValue", state))
-
-    def on_all_ranks(found: bool) -> bool:
-        return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
 
     def run(start: Start, rate: float, spike: float | None) -> None:
         recover(
@@ -269,7 +272,7 @@ def train_loop(config: dict[str, Any]) -> None:
         if failed or job.until == total:
             withdraw(store, job.checkpoints)
     # One report more, by all ranks, so that none leaves while the first still measures and stores.
-    ray.train.report({"step": len(losses), "steps": job.until, "failed": failed or ""})
+    reporter.tell({"step": len(losses), "steps": job.until, "failed": failed or ""})
     faulthandler.cancel_dump_traceback_later()
 
 

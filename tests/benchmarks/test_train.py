@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import train
+from benchmarks import raytrain, train
 from trainers.estimate import Gpu, Pictures
 from trainers.schedule import StepConfig
 from trainers.students.counts import plan_parameters
@@ -54,12 +54,10 @@ def test_the_papers_shapes_have_their_sizes() -> None:
     assert sizes["PPCL-10B"] > sizes["Amber-10B"] > sizes["Amber-6B"]
 
 
-def test_the_timed_loop_leaves_warm_steps_out() -> None:
-    reported: list[dict[str, object]] = []
-    with train.alone(CPU):
-        seconds = train.timed_loop(3, reported.append)
-    assert len(seconds) == 3
-    assert [facts["step"] for facts in reported] == list(range(train.WARM + 3))
+def test_a_step_that_a_pause_cuts_in_two_counts_in_both_turns_by_its_parts() -> None:
+    # The third step begins half a second before the pause, and ends as long after it.
+    ends = [10.0, 10.5, 11.5, 20.5, 21.5, 22.0]
+    assert raytrain.steps_by_turn(ends, [(10.0, 12.0), (20.0, 22.0)]) == pytest.approx([2.5, 2.5])
 
 
 def test_without_a_gpu_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,11 @@ class BreaksHalfway(io.RawIOBase):
         return b"x" * size
 
 
+def ranged(store: Store, key: str, start: int, end: int) -> bytes:
+    content = bytearray(end - start)
+    return bytes(content[: store.read_into(key, start, memoryview(content))])
+
+
 class StoreContract:
     @pytest.fixture
     def store(self) -> Store:
@@ -65,12 +70,12 @@ class StoreContract:
 
     def test_ranges_end_where_the_body_does(self, store):
         store.write("key", b"0123456789")
-        assert store.ranged("key", 2, 5) == b"234"
-        assert store.ranged("key", 4, 4) == b""
-        assert store.ranged("key", 8, 99) == b"89"
-        assert store.ranged("key", 50, 60) == b""
+        assert ranged(store, "key", 2, 5) == b"234"
+        assert ranged(store, "key", 4, 4) == b""
+        assert ranged(store, "key", 8, 99) == b"89"
+        assert ranged(store, "key", 50, 60) == b""
         with pytest.raises(MissingKey, match="nothing is stored there"):
-            store.ranged("other", 0, 1)
+            ranged(store, "other", 0, 1)
 
     def test_writing_again_replaces(self, store):
         store.write("key", b"a longer first body")

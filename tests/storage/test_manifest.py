@@ -190,6 +190,12 @@ def test_a_manifest_from_elsewhere_cannot_write_outside(store, tmp_path):
         fetch(store, "p", tmp_path / "copy")
 
 
+def test_a_manifest_with_a_file_that_nothing_vouches_for_is_named(store):
+    store.write("p/manifest.json", json.dumps({"files": {"a": {"size": 1}}}).encode())
+    with pytest.raises(DamagedError, match=r"p/manifest.json: not a manifest .*without a digest"):
+        published(store, "p")
+
+
 def test_a_damaged_manifest_is_named_and_can_be_published_over(store):
     publish(store, "p", {"a": b"1"})
     store.write("p/manifest.json", b'{"files": {')

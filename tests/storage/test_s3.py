@@ -57,8 +57,8 @@ def test_a_large_object_takes_few_requests(s3_url, monkeypatch):
     body = bytes(range(250)) * 200
     store.write("key", body)
     sent = []
-    ranged = store.ranged
-    monkeypatch.setattr(store, "ranged", lambda *given: sent.append(given) or ranged(*given))
+    read_into = store.read_into
+    monkeypatch.setattr(store, "read_into", lambda *given: sent.append(given) or read_into(*given))
     with store.read("key") as stream:
         assert stream.read() == body
     assert len(sent) == 5

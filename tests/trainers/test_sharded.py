@@ -84,6 +84,16 @@ def test_a_teacher_in_a_bucket_is_read_by_range(teacher, remote, group):
     assert_same(student.student, assemble(model, cut))
 
 
+def test_a_teacher_that_was_damaged_in_its_bucket_is_not_loaded(remote, s3_url):
+    store, key = open_store(s3_url), "best/tiny/transformer/diffusion_pytorch_model.safetensors"
+    with store.read(key) as stream:
+        content = bytearray(stream.read())
+    content[-1] ^= 1
+    store.write(key, bytes(content))
+    with pytest.raises(DamagedError, match=f"{key}: its bytes from 0 on are not"):
+        remote.transformer()
+
+
 def test_a_bucket_without_a_published_model_is_refused(s3_url):
     with pytest.raises(TeacherError, match="no model is published there"):
         open_teacher(f"{s3_url}/best/none")
