@@ -168,6 +168,8 @@ def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTr
             "in words": in_words(trial.plan),
         }
         | ({} if trial.expected is None else {"expected": trial.expected})
+        # optuna-dashboard 0.21 does not read the constraints of Optuna 5.
+        | ({} if trial.over is None else {"over budget": trial.over})
         | ({} if trial.failed is None else {"failed": trial.failed}),
     )
     # Scored just now; the timeline shows for how long.

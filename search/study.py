@@ -78,7 +78,8 @@ class PlanSearcher(StatelessSearcher):
     """Hands Tune the plans whose score is not known yet.
 
     `known` gives the stored score of a proposal, if any; `scored` hears of every score, known or
-    new, as it arrives. After an error no further plan is handed out, and `error` says why.
+    new, as it arrives. After an error, of a trial or an EspalierError of `scored`, no further plan
+    is handed out, and `error` says why. Several runs of Tune may follow one another.
     """
 
     def __init__(
@@ -142,7 +143,11 @@ class PlanSearcher(StatelessSearcher):
     def _take(self, proposal: Proposal, score: Score) -> None:
         self._taken += 1
         self._proposals.tell(proposal.number, score.fidelity_loss, score.costs)
-        self._scored(proposal, score)
+        try:
+            self._scored(proposal, score)
+        except EspalierError as error:
+            # Tune would take it for a failure of the trial, and go on.
+            self.stop(str(error))
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial has one result, which on_trial_complete is given too."""

@@ -4,8 +4,11 @@ Tiers: a plan is scored as assembled, its finalists are recovered by a part of a
 better ones to the end. This is successive halving, one bracket of Hyperband; a candidate that goes
 up continues from where it was measured. What a low tier misleads about is not guessed by hedging,
 as Hyperband's other brackets do, but measured: where its order and the order a tier above disagree,
-it is widened. Nothing here runs anything: what happens next follows from the stored outcomes alone,
-whatever the number of workers and after any interruption.
+it is widened. A tier waits for all its candidates. ASHA lets the best of those that have ended go
+on: who does then depends on who ended first, and of 4 to 24 candidates in random order 1.1 to 1.25
+times as many do. What it wins, workers that never wait, budgets that take turns give too. Nothing
+here runs anything: what happens next follows from the stored outcomes alone, whatever the number of
+workers and after any interruption.
 """
 
 from __future__ import annotations

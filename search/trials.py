@@ -28,7 +28,7 @@ from search.rules import NextInterval, Rule
 from search.samplers import Sampler
 from search.score import Bench, Score
 from search.space import Space, priced_space
-from search.studies import StudyError, StudyLog, checked_url
+from search.studies import StudyLog, checked_url
 from storage.errors import EspalierError
 from storage.manifest import publish, published, read_json
 from storage.section import Section
@@ -41,6 +41,10 @@ from trainers.students.plan import BlockPlan, Plan
 from trainers.teacher import Teacher
 
 TRIALS = "trials.json"
+
+ROUND = 2000
+"""Trials of one run of Tune, which forgets none of its trials, some 25 KiB each, before it ends.
+The next run's actors load the models anew, so it shall not be much smaller."""
 
 
 class SearchError(EspalierError):
@@ -226,14 +230,11 @@ def run_search(
             losses[trial.budget] = best
         progress.update(len(trials), config.trials, **losses)
         if log is not None:
-            try:
-                log.add([trial])
-            except StudyError as error:
-                searcher.stop(str(error))
+            log.add([trial])
 
     searcher = PlanSearcher(proposals, known, take)
     cause = ""
-    if searcher.advance():
+    while searcher.advance():
         cause = _tune(searcher, bench, config, cpus, gpus)
     if searcher.error is not None:
         raise SearchError(f"search stopped: {searcher.error}{cause}")
@@ -302,7 +303,8 @@ def _agreement(trials: Sequence[Trial], guess: Callable[[Trial], float]) -> floa
 
 
 def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpus: float) -> str:
-    """Runs Tune to its end; the last line of the first trial's exception, or nothing."""
+    """Runs Tune once, for at most `ROUND` trials; the last line of the first trial's exception, or
+    nothing."""
     from ray import tune
 
     from search.study import RETRIES, ScoringActor, quiet_tune
@@ -316,7 +318,7 @@ def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpu
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                num_samples=config.trials,
+                num_samples=ROUND,
                 max_concurrent_trials=config.lag,
                 reuse_actors=True,
                 trial_name_creator=_short,

@@ -7,14 +7,16 @@ Figures are sized in CSS pixels and drawn at twice that resolution. matplotlib i
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
+Item = TypeVar("Item")
 
 PIXELS_PER_INCH = 100
 POINTS = 72 / PIXELS_PER_INCH
@@ -35,6 +37,10 @@ class Theme:
     """Told apart by people with any colour vision; students take them in order."""
     spans: tuple[str, ...]
     """Fills of neighbouring spans."""
+
+    def coloured(self, items: Sequence[Item]) -> list[tuple[str, Item]]:
+        """Students, or budgets, with the colour that each has in every figure."""
+        return [(self.series[i % len(self.series)], item) for i, item in enumerate(items)]
 
 
 LIGHT = Theme(

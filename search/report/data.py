@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from search.objectives import DEFAULT
 from search.ranks import rank_correlation
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from search.budget import Currency
+    from search.objectives import Scored
     from trainers.measure import Cost
     from trainers.schedule import Schedule
     from trainers.students.plan import Plan
@@ -37,6 +40,10 @@ class TeacherFacts:
     cost: Cost | None = None
     """What a forward pass takes, where it was measured."""
 
+    def amount(self, currency: Currency) -> int | None:
+        """What it costs in one currency; None where that was not measured."""
+        return _cost(self.parameters, self.cost, currency)
+
 
 @dataclass(frozen=True)
 class BudgetFacts:
@@ -45,9 +52,11 @@ class BudgetFacts:
     label: str
     asked: str
     limit: int | None
-    """Parameters a student may have; None for a budget of latency or memory."""
+    """What a student may cost; None while a budget of latency or memory has yet to be measured."""
     most: str = ""
-    """The limit in its own currency, in words."""
+    """The limit in words."""
+    currency: Currency = "parameters"
+    """Of the limit."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,12 @@ class TrialFacts:
     """Label of the budget it was proposed for."""
     damage: float | None = None
     """Summed damage of its blocks, each alone in the teacher."""
+    costs: Mapping[Currency, int] = field(default_factory=dict)
+    """Memory and latency as predicted from its blocks, where either was sought."""
+
+    def amount(self, currency: Currency) -> int | None:
+        """What it is predicted to cost in one currency, if that is known."""
+        return self.parameters if currency == "parameters" else self.costs.get(currency)
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,10 @@ class StudentFacts:
     cost: Cost | None = None
     """What a forward pass takes, where it was measured."""
 
+    def amount(self, currency: Currency) -> int | None:
+        """What it costs in one currency; None where that was not measured."""
+        return _cost(self.parameters, self.cost, currency)
+
 
 @dataclass(frozen=True)
 class PictureRow:
@@ -193,8 +212,10 @@ class ReportData:
     budgets: tuple[BudgetFacts, ...]
     students: tuple[StudentFacts, ...]
     trials: tuple[TrialFacts, ...] = ()
+    objectives: tuple[Scored, ...] = DEFAULT
+    """What the search lowered."""
     pareto: tuple[int, ...] = ()
-    """Numbers of the trials that no other beats in every objective of the search."""
+    """Numbers of the trials that no other beats in all of them."""
     redundancy: Redundancy | None = None
     finalists: tuple[FinalistFacts, ...] = ()
     teacher_scores: Scores | None = None
@@ -207,6 +228,18 @@ class ReportData:
     def seconds(self) -> float:
         """Wall time of the stages that this sweep ran itself."""
         return sum(cost.seconds for cost in self.costs if not cost.skipped)
+
+    def asked(self, label: str) -> str:
+        """A budget as the config wrote it ("50%"), for its label ("50pct")."""
+        return next((budget.asked for budget in self.budgets if budget.label == label), label)
+
+
+def _cost(parameters: int, measured: Cost | None, currency: Currency) -> int | None:
+    if currency == "parameters":
+        return parameters
+    if measured is None:
+        return None
+    return measured.latency if currency == "latency" else measured.memory
 
 
 def kept(student: Scores | None, teacher: Scores | None) -> float | None:

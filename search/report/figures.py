@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, legend, plain_log
 from search.report.choices import importance_drawings, parallel_drawings
-from search.report.data import Matrix, PictureRow, ReportData, StudentFacts, TrialFacts
-from search.report.history import history_drawing, marker, origins
+from search.report.data import Matrix, PictureRow, ReportData
+from search.report.history import history_drawing
+from search.report.pareto import pareto_drawings
 from search.report.plan_picture import plan_drawing
 from search.report.tiers import tier_drawings
-from search.report.words import count, duration, loss, percent, span
-from search.samplers import SAMPLERS
+from search.report.words import duration, percent, span
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_Place = Callable[[TrialFacts], float]
 
 SHEET_PICTURES = 12
 """Captions on the picture sheet, as many as a README shows."""
@@ -30,7 +27,7 @@ def drawings(data: ReportData) -> list[Drawing]:
     if data.pictures:
         made.append(_pictures(data))
     if any(trial.fidelity_loss is not None for trial in data.trials):
-        made += [_pareto(data), history_drawing(data)]
+        made += [*pareto_drawings(data), history_drawing(data)]
     if any(_predicted(data, budget.label) for budget in data.budgets):
         made.append(_agreement(data))
     made += [*parallel_drawings(data), *importance_drawings(data), *tier_drawings(data)]
@@ -39,72 +36,11 @@ def drawings(data: ReportData) -> list[Drawing]:
         made.append(_cka(data, "text", data.redundancy.text_cka))
         made.append(_importance(data))
     for student in data.students:
-        title = f"the {asked(data, student.budget)} student"
+        title = f"the {data.asked(student.budget)} student"
         made.append(plan_drawing(student.plan, f"plan-{student.budget}", title))
     if data.costs:
         made.append(_cost(data))
     return made
-
-
-def asked(data: ReportData, label: str) -> str:
-    """A budget as the config wrote it ("50%"), for its label ("50pct")."""
-    return next((budget.asked for budget in data.budgets if budget.label == label), label)
-
-
-def _pareto(data: ReportData) -> Drawing:
-    front = [t for t in data.trials if t.number in set(data.pareto)]
-    sizes = " to ".join(count(f(t.parameters for t in front)) for f in (min, max)) if front else "–"
-    recovered = ", ".join(
-        f"{asked(data, s.budget)} from {loss(s.loss_before)} to {loss(s.loss_after)}"
-        for s in data.students
-    )
-    return Drawing(
-        name="pareto",
-        alt=(
-            f"Scatter plot of {len(data.trials)} trials, size against fidelity loss; {len(front)} "
-            f"are on the Pareto front, {sizes} parameters. Recovery: {recovered or 'none yet'}."
-        ),
-        caption=(
-            "Every scored plan: further left is smaller, further down is closer to the teacher. "
-            "The line joins the plans that no other beats in both. A star is a published student; "
-            "its arrow is what recovery won after assembly from the library. Dotted lines are the "
-            "budgets."
-        ),
-        draw=lambda theme: _draw_pareto(data, front, theme),
-    )
-
-
-def _draw_pareto(data: ReportData, front: Sequence[TrialFacts], theme: Theme) -> Figure:
-    drawn = figure(540, 430, theme)
-    ax = axes(drawn, theme, grid="y")
-    _scatter(ax, data, theme, lambda trial: trial.parameters)
-    steps = sorted((t.parameters, t.fidelity_loss or 0.0) for t in front)
-    if steps:
-        ax.plot(*zip(*steps, strict=True), color=theme.ink, linewidth=1.2, zorder=2, label="Pareto")
-    for colour, student in _coloured(data, theme):
-        before, after = (
-            (student.parameters, student.loss_before),
-            (student.parameters, student.loss_after),
-        )
-        ax.annotate(
-            "", xy=after, xytext=before, zorder=4,
-            arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6, "shrinkB": 5},
-        )  # fmt: skip
-        name = f"{asked(data, student.budget)} student"
-        ax.scatter(
-            *after, marker="*", s=150, color=colour, edgecolor=theme.surface, zorder=5, label=name
-        )
-    for limit in (budget.limit for budget in data.budgets if budget.limit is not None):
-        ax.axvline(limit, color=theme.muted, linewidth=1, linestyle=":", zorder=1)
-    ax.set_yscale("log")
-    plain_log(ax.yaxis)
-    label(ax, theme, f"parameters (teacher: {count(data.teacher.parameters)})", "fidelity loss")
-    ax.xaxis.set_major_formatter(
-        lambda x, _: f"{count(x)}\n{percent(round(x / data.teacher.parameters, 2))}"
-    )
-    ax.locator_params("x", nbins=5)
-    legend(ax, theme)
-    return drawn
 
 
 def _predicted(data: ReportData, budget: str) -> list[tuple[float, float]]:
@@ -156,7 +92,7 @@ def _draw_agreement(data: ReportData, theme: Theme) -> Figure:
 def _cka(data: ReportData, stream: str, matrix: Matrix) -> Drawing:
     neighbours = [matrix[i][i + 1] for i in range(len(matrix) - 1)] or [1.0]
     merged = "; ".join(
-        f"{asked(data, student.budget)}: "
+        f"{data.asked(student.budget)}: "
         + (", ".join(span(*b.span) for b in student.plan.blocks if b.length > 1) or "none")
         for student in data.students
     )
@@ -180,7 +116,7 @@ def _draw_cka(data: ReportData, matrix: Matrix, theme: Theme) -> Figure:
     drawn = figure(520, 490, theme)
     ax = axes(drawn, theme)
     shown = ax.imshow(matrix, cmap="cividis", vmax=1.0, interpolation="nearest")
-    for order, (colour, student) in enumerate(_coloured(data, theme)):
+    for order, (colour, student) in enumerate(theme.coloured(data.students)):
         for block in student.plan.blocks:
             if block.length == 1:
                 continue
@@ -194,7 +130,7 @@ def _draw_cka(data: ReportData, matrix: Matrix, theme: Theme) -> Figure:
                 for line, line_colour in ((4.2, theme.surface), (2.4, colour)):
                     ax.plot(xs, ys, color=line_colour, linewidth=line, clip_on=False)
         ax.plot([], [], "s", markerfacecolor="none", markeredgewidth=1.9, color=colour,
-                label=f"{asked(data, student.budget)} student")  # fmt: skip
+                label=f"{data.asked(student.budget)} student")  # fmt: skip
     bar = drawn.colorbar(shown, ax=ax, shrink=0.86, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=theme.muted, labelsize=12 * POINTS, length=0)
@@ -290,7 +226,7 @@ def _draw_cost(data: ReportData, theme: Theme) -> Figure:
 
 def _pictures(data: ReportData) -> Drawing:
     rows = spread(data.pictures, SHEET_PICTURES)
-    names = ", ".join(f"the {asked(data, student.budget)} student" for student in data.students)
+    names = ", ".join(f"the {data.asked(student.budget)} student" for student in data.students)
     return Drawing(
         name="pictures",
         alt=f"Pictures by the teacher and by {names or 'no student'} for {len(rows)} captions.",
@@ -334,7 +270,7 @@ def _draw_pictures(data: ReportData, rows: Sequence[PictureRow], theme: Theme) -
             small.thumbnail((2 * side, 2 * side))
             ax.imshow(small, extent=(x, x + side - 4, y + side - 4, y), interpolation="nearest")
             ax.text(
-                x + side / 2 - 2, y + side + 5, name if name == "teacher" else asked(data, name),
+                x + side / 2 - 2, y + side + 5, name if name == "teacher" else data.asked(name),
                 ha="center", va="center", color=theme.muted, fontsize=11 * POINTS,
             )  # fmt: skip
     # imshow sets the limits and the aspect to its own picture, so these come last.
@@ -348,25 +284,3 @@ def _wrapped(caption: str, width: int) -> str:
 
     lines = textwrap.wrap(caption, max(12, width // 7))
     return "\n".join(lines[:2]) + (" …" if len(lines) > 2 else "")
-
-
-def _scatter(ax: Axes, data: ReportData, theme: Theme, x: _Place) -> None:
-    """All trials that have a loss, a marker per origin."""
-    for origin in origins(data.trials):
-        points = [
-            (x(trial), trial.fidelity_loss)
-            for trial in data.trials
-            if trial.origin == origin and trial.fidelity_loss is not None
-        ]
-        if points:
-            xs, ys = zip(*points, strict=True)
-            ax.scatter(
-                xs, ys, marker=marker(origin), s=30, zorder=3, label=origin,
-                facecolor=theme.neutral if origin in SAMPLERS else theme.ink,
-                edgecolor=theme.muted, linewidth=0.7,
-            )  # fmt: skip
-
-
-def _coloured(data: ReportData, theme: Theme) -> list[tuple[str, StudentFacts]]:
-    """Students with the colour each has in every figure."""
-    return [(theme.series[i % len(theme.series)], s) for i, s in enumerate(data.students)]

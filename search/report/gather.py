@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from search.analyse import load_analysis
+from search.budget import Budget
 from search.judging import Judged
 from search.objectives import scored
 from search.report import words
@@ -36,6 +37,10 @@ def gather(sweep: Sweep) -> ReportData:
     objectives = scored(sweep.config.search.objectives)
     teacher = judged_of(sweep, TEACHER)
     students, judged = _students(sweep)
+
+    def known(budget: Budget) -> bool:
+        return budget.currency == "parameters" or sweep.measured
+
     return ReportData(
         provenance=provenance(sweep),
         teacher=teacher_facts(sweep),
@@ -43,13 +48,15 @@ def gather(sweep: Sweep) -> ReportData:
             BudgetFacts(
                 label=b.label,
                 asked=b.asked,
-                limit=sweep.target(b).limit if b.currency == "parameters" else None,
-                most=words.cost(sweep.target(b).limit, b.currency) if sweep.measured else b.asked,
+                limit=sweep.target(b).limit if known(b) else None,
+                most=words.cost(sweep.target(b).limit, b.currency) if known(b) else b.asked,
+                currency=b.currency,
             )
             for b in sweep.config.budgets
         ),
         students=students,
         trials=tuple(_trial(trial) for trial in trials),
+        objectives=objectives,
         pareto=tuple(trial.number for trial in pareto_trials(trials, objectives)),
         redundancy=_redundancy(sweep),
         finalists=_finalists(sweep),
@@ -101,6 +108,7 @@ def _trial(trial: Trial) -> TrialFacts:
         state=trial.state,
         budget=trial.budget,
         damage=trial.damage,
+        costs=trial.costs,
     )
 
 

@@ -65,7 +65,7 @@ def history_drawing(data: ReportData) -> Drawing:
 
 
 def _best_within(data: ReportData, budget: BudgetFacts) -> list[tuple[int, float]]:
-    if budget.limit is None:  # of latency or memory: what was proposed for it
+    if budget.limit is None or budget.currency != "parameters":  # what was proposed for it
         own = [trial for trial in data.trials if trial.budget == budget.label]
         return best_so_far(own, math.inf)
     return best_so_far(data.trials, budget.limit)

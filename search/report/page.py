@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from search.report import words
 from search.report.canvas import DARK, LIGHT, Drawing
 from search.report.data import PictureRow, ReportData, Scores, StudentFacts, kept
-from search.report.figures import asked, drawings, spread
+from search.report.figures import drawings, spread
 from search.report.loading import loading
 from search.report.plan_picture import READING
 
@@ -104,7 +104,7 @@ def headlines(data: ReportData) -> list[Headline]:
     """One a student, in the order of the sweep's budgets."""
     return [
         Headline(
-            asked=asked(data, student.budget),
+            asked=data.asked(student.budget),
             student=student,
             share=student.parameters / data.teacher.parameters,
             kept=kept(student.scores, data.teacher_scores),
@@ -162,6 +162,7 @@ def _page(data: ReportData, drawn: Sequence[Drawn]) -> str:
     environment.filters.update(filters)
     caption = data.pictures[0].caption if data.pictures else "a lighthouse at dusk"
     figures: Mapping[str, Drawn] = {each.drawing.name: each for each in drawn}
+    front = [trial for trial in data.trials if trial.number in set(data.pareto)]
     return environment.get_template(TEMPLATE).render(
         data=data,
         drawn=figures,
@@ -170,11 +171,11 @@ def _page(data: ReportData, drawn: Sequence[Drawn]) -> str:
         rows=_first_spread(data.pictures),
         first_rows=FIRST_PICTURES,
         reading=READING,
-        front=sorted(
-            (trial for trial in data.trials if trial.number in set(data.pareto)),
-            key=lambda trial: trial.parameters,
-        ),
-        asked=lambda label: asked(data, label),
+        front=sorted(front, key=lambda trial: trial.parameters),
+        sought=words.listed([objective.replace("_", " ") for objective in data.objectives]),
+        predicted=list(front[0].costs) if front else [],
+        amount=words.amount,
+        asked=data.asked,
         span=words.span,
         loading=lambda student: loading(student.plan, student.url, data.sampling, caption),
         pixel_art=bool(data.pictures) and max(data.pictures[0].teacher.size) < PIXEL_ART,

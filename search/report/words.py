@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,19 +30,25 @@ def percent(part: float) -> str:
     return f"{100 * part:.1f}".removesuffix(".0") + "%"
 
 
-def memory(size: int) -> str:
+def memory(size: float) -> str:
     """Bytes: 21148598272 -> "19.7 GiB", 4865024 -> "4.6 MiB"."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def cost(amount: int, currency: Currency) -> str:
+def cost(limit: int, currency: Currency) -> str:
     """What a student costs: "1,000,000 parameters", "19.7 GiB of peak memory", "8.4 ms a pass"."""
     if currency == "memory":
-        return f"{memory(amount)} of peak memory"
-    return f"{latency(amount)} a pass" if currency == "latency" else f"{amount:,} parameters"
+        return f"{memory(limit)} of peak memory"
+    return f"{latency(limit)} a pass" if currency == "latency" else f"{limit:,} parameters"
 
 
-def latency(microseconds: int) -> str:
+def amount(number: float, currency: Currency) -> str:
+    """The same where the currency is said beside it: "1.00M", "19.7 GiB", "8.4 ms"."""
+    short = {"parameters": count, "memory": memory, "latency": latency}
+    return short[currency](number)
+
+
+def latency(microseconds: float) -> str:
     """8412 -> "8.41 ms", 1250000 -> "1250 ms"."""
     return f"{significant(microseconds / 1e3)} ms"
 
@@ -72,3 +79,8 @@ def span(first: int, last: int) -> str:
 def tier(part: float) -> str:
     """When in a recovery a loss was measured, by the part of its schedule: 0.25 -> "at 25%"."""
     return {0.0: "as assembled", 1.0: "at the end"}.get(part, f"at {percent(part)}")
+
+
+def listed(items: Sequence[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c"."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)

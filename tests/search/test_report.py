@@ -17,13 +17,14 @@ from PIL import Image
 from search.report import words
 from search.report.canvas import DARK, LIGHT
 from search.report.choices import FEWEST_RANKED, importances, plans_of, schedules_of
-from search.report.data import FinalistFacts, ReportData, kept, tier_pairs
+from search.report.data import BudgetFacts, FinalistFacts, ReportData, kept, tier_pairs
 from search.report.figures import drawings, spread
 from search.report.history import best_so_far
 from search.report.loading import loading
 from search.report.page import LARGEST_PICTURE, judge_table, picture_url, render, write_report
 from search.report.plan_picture import in_words, plan_drawing, plan_png, rows
 from tests.search.invented import HALF, PROVENANCE, SCHEDULE, TEACHER, THIRD, long, whole
+from trainers.measure import Cost
 from trainers.students.plan import BlockPlan, Plan, uniform_plan
 
 
@@ -146,6 +147,49 @@ def test_a_sweep_whose_trials_all_failed_shows_no_search_figures() -> None:
     failed = tuple(dataclasses.replace(t, fidelity_loss=None, state="failed") for t in data.trials)
     names = {d.name for d in drawings(dataclasses.replace(data, trials=failed, pareto=()))}
     assert not names & {"pareto", "trials", "agreement"}
+
+
+def measured() -> ReportData:
+    """A sweep for two sizes that also sought lower latency and less memory: the plan of trial 3 is
+    beaten in size and loss, and in none of the others."""
+    data = whole()
+    costs = ((900, 8 * 2**20), (700, 6 * 2**20), (0, 0), (500, 5 * 2**20))
+    trials = tuple(
+        dataclasses.replace(trial, costs={"latency": latency, "memory": memory})
+        for trial, (latency, memory) in zip(data.trials, costs, strict=True)
+    )
+    return dataclasses.replace(
+        data,
+        teacher=dataclasses.replace(TEACHER, cost=Cost(latency=1400, memory=12 * 2**20)),
+        trials=trials,
+        objectives=("latency", "fidelity_loss", "memory"),
+        pareto=(0, 1, 3),
+    )
+
+
+def test_every_cost_that_was_sought_or_bounded_has_its_pareto_figure(tmp_path: Path) -> None:
+    found = {d.name: d for d in drawings(measured()) if d.name.startswith("pareto")}
+    assert list(found) == ["pareto-latency", "pareto-memory", "pareto"]
+    assert "3 trials" in found["pareto-latency"].alt
+    assert "3 are on the Pareto front, 0.50 ms to 0.90 ms" in found["pareto-latency"].alt
+    assert "2 are on the Pareto front, 640k to 1.00M" in found["pareto"].alt
+    # What only another figure shows to be good is marked.
+    assert "A ring marks" in found["pareto"].caption
+    assert "A ring marks" not in found["pareto-memory"].caption
+    assert found["pareto"].png(LIGHT) != found["pareto"].png(DARK)
+    files = write_report(measured(), tmp_path)
+    page = Page(files[0].read_text(encoding="utf-8"))
+    assert {d.alt for d in found.values()} <= {tag.get("alt") for tag in page.of("img")}
+    assert "no other beats in latency, fidelity loss and memory" in page.text
+    assert "0.70 ms" in page.text
+    assert page.open == []
+
+
+def test_a_budget_of_latency_has_a_pareto_figure_without_being_an_objective() -> None:
+    data = measured()
+    budget = BudgetFacts("60pct-latency", "60% latency", 840, "0.84 ms a pass", "latency")
+    only = dataclasses.replace(data, objectives=("fidelity_loss",), budgets=(budget,))
+    assert [d.name for d in drawings(only) if d.name.startswith("pareto")] == ["pareto-latency"]
 
 
 def test_without_a_judge_there_is_no_judge_table() -> None:

@@ -11,9 +11,11 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from search.budget import Target
-from search.proposals import Proposals
+from search.proposals import Proposal, Proposals
 from search.racing import RaceSearcher
-from search.study import PlanSearcher
+from search.score import Score
+from search.study import PlanSearcher, score_json
+from storage.errors import StoreError
 from tests.search.test_proposals import make_space
 
 
@@ -45,3 +47,15 @@ def test_tune_can_pickle_a_searcher_that_shows_progress_on_a_terminal(terminal: 
     ]
     for searcher in searchers:
         cloudpickle.dumps(searcher)
+
+
+def test_a_result_that_cannot_be_kept_ends_the_search_with_the_reason() -> None:
+    def full(proposal: Proposal, score: Score) -> None:
+        raise StoreError("the disk is full")
+
+    proposals = Proposals(make_space(), [Target("50pct", 45)], trials=2, exact=1, lag=1, seed=0)
+    searcher = PlanSearcher(proposals, lambda _: None, full)
+    assert isinstance(searcher.suggest("a"), dict)
+    searcher.on_trial_complete("a", {"score": score_json(Score(0.5, 0.1)).decode()})
+    assert searcher.error == "the disk is full"
+    assert searcher.suggest("b") == Searcher.FINISHED

@@ -204,6 +204,24 @@ def test_a_cut_off_search_scores_only_what_is_missing(
     assert {key for key in kept if now[key] != kept[key]} == set(lost)
 
 
+def test_several_runs_of_tune_are_one_search(
+    ray: None,
+    trials: list[Trial],
+    space: Space,
+    targets: list[Target],
+    bench: Bench,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("search.trials.ROUND", 4)
+    anew = replace(bench, scores="rounds/scores")
+    again = run_search(space, targets, anew, CONFIG, store, "sweeps/rounds/search", cpus=2.0)
+    assert [t.plan for t in again] == [t.plan for t in trials]
+    assert [t.fidelity_loss for t in again] == pytest.approx([t.fidelity_loss for t in trials])
+    assert [t.expected for t in again] == pytest.approx([t.expected for t in trials])
+    assert len(list(store.keys("rounds/scores"))) == len(trials)
+
+
 def test_a_replacement_that_gives_nan_fails_its_trials_alone(
     ray: None, space: Space, targets: list[Target], bench: Bench, store: Store
 ) -> None:
