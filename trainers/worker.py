@@ -156,6 +156,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     losses: list[float] = []
     before = 0.0
+    rollbacks = 0
     token = _token()
     saver = Saver(
         store, job.checkpoints, rank=rank, world=world, token=token, keep=job.keep_checkpoints
@@ -175,7 +176,9 @@ def train_loop(config: dict[str, Any]) -> None:
             return None
         state = cast("dict[str, Any]", checkpoint.state)
         losses[:], before = state["losses"], max(before, state["seconds"])
-        return Start(Position(*state["at"]), tuple(losses), tensors)
+        # Checkpoints of the first version do not say how often a run had gone back.
+        rollbacks = state.get("rollbacks", 0)
+        return Start(Position(*state["at"]), tuple(losses), tensors, rollbacks)
 
     def go_back() -> Start:
         start = latest()
@@ -209,13 +212,18 @@ def train_loop(config: dict[str, Any]) -> None:
             return
         # Between phases the optimizer starts anew.
         held = held_tensors(student, optimizer if at.step else None)
-        state = {"at": [at.phase, at.step], "losses": losses, "seconds": seconds()}
+        state = {
+            "at": [at.phase, at.step], "losses": losses, "seconds": seconds(),
+            "rollbacks": rollbacks,
+        }  # fmt: skip
         saver.save(done, held, cast("JsonValue", state))
 
     def on_all_ranks(found: bool) -> bool:
         return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
 
     def run(start: Start, rate: float, spike: float | None) -> None:
+        nonlocal rollbacks
+        rollbacks = start.rollbacks
         recover(
             student,
             observed,
