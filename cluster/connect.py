@@ -38,8 +38,6 @@ BEHAVIOUR = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Relative paths in a config mean the same in a worker as here.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Importing torch and diffusers in every worker of a small machine takes most of a minute.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 
 PASSED_ON = (

@@ -24,11 +24,14 @@ from trainers.progress import Progress
 TRAIN_ENVIRONMENT = {
     # How often Train looks at its workers, and so how soon it sees that they have finished.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
-    # Importing torch and diffusers in every worker of a small machine takes most of a minute.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 """Read in the process that calls `fit`; Train hands it on to its own. What is set already stays."""
+
+# Seconds that Train waits for room before it looks at the cluster again: for the one size that will
+# do, which an autoscaler may have to bring; and for a size of its own choice, which it may have
+# counted together from machines that were gone already.
+_ROOM, _ROOM_ELASTIC = "300", "20"
 
 # A driver only waits. It takes a place on the cluster's head, which is not preempted, and no CPU.
 _DRIVER = {"node:__internal_head__": 0.001}
@@ -136,12 +139,14 @@ def recovery_trial(config: dict[str, Any]) -> None:
 
     from trainers.worker import train_loop
 
-    for name, value in TRAIN_ENVIRONMENT.items():
+    fewest, most = config["workers"]
+    room = _ROOM if fewest == most else _ROOM_ELASTIC
+    environment = {**TRAIN_ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": room}
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     if len(ray.nodes()) == 1:
         # An actor that would watch for the preemption of the very machine it runs on.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    fewest, most = config["workers"]
     resources = {"CPU": config["cpus"]}
     if config["gpus"]:
         resources["GPU"] = config["gpus"]
