@@ -76,6 +76,8 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
         "configure_logging": True,
     }
     if address is None:
+        # An actor that would watch for the end of the very machine it runs on.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         arguments |= {
             "num_cpus": processors(),
             "include_dashboard": False,
