@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SOAK_MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test test-slow test-faults miniature bench bench-search bench-train bench-checkpoint study clean
+.PHONY: help install demo check test test-slow test-faults soak miniature bench bench-search bench-train bench-checkpoint study clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ test-slow: install ## the default suite and the long tests (kills in every stage
 
 test-faults: install ## break stores and processes in every known way, and print what was lost
 	$(BIN)/python -m pytest -m faults tests
+
+soak: install ## break a sweep at random for SOAK_MINUTES (30) and count what was lost
+	$(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES) --out build/soak
 
 bench: install ## the figures of benchmarks/README.md (after make demo)
 	$(BIN)/python -m benchmarks.library examples/miniature.yaml

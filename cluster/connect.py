@@ -38,8 +38,6 @@ BEHAVIOUR = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Relative paths in a config mean the same in a worker as here.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # Importing torch and diffusers in every worker of a small machine takes most of a minute.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
 
 PASSED_ON = (
@@ -78,6 +76,8 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
         "configure_logging": True,
     }
     if address is None:
+        # An actor that would watch for the end of the very machine it runs on.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         arguments |= {
             "num_cpus": processors(),
             "include_dashboard": False,

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -24,11 +23,16 @@ from trainers.progress import Progress
 TRAIN_ENVIRONMENT = {
     # How often Train looks at its workers, and so how soon it sees that they have finished.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
-    # Importing torch and diffusers in every worker of a small machine takes most of a minute.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # How often it looks for machines that will go. Some clouds say so 30 s before.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 """Read in the process that calls `fit`; Train hands it on to its own. What is set already stays."""
+
+# Seconds that Train waits for room before it looks at the cluster again: for the one size that will
+# do, which an autoscaler may have to bring; and for a size of its own choice, which it may have
+# counted together from machines that were gone already.
+_ROOM, _ROOM_ELASTIC = "300", "20"
 
 # A driver only waits. It takes a place on the cluster's head, which is not preempted, and no CPU.
 _DRIVER = {"node:__internal_head__": 0.001}
@@ -129,25 +133,27 @@ def run_races(
 
 
 def recovery_trial(config: dict[str, Any]) -> None:
-    """The body of one trial: a Ray Train job on the config's workers."""
+    """The body of one trial: a Ray Train job on the config's workers, and another one whenever they
+    have left machines that will go."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from trainers.notice import hearing_torch
     from trainers.worker import train_loop
 
-    for name, value in TRAIN_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if len(ray.nodes()) == 1:
-        # An actor that would watch for the preemption of the very machine it runs on.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     fewest, most = config["workers"]
+    room = _ROOM if fewest == most else _ROOM_ELASTIC
+    environment = {**TRAIN_ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": room}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     resources = {"CPU": config["cpus"]}
     if config["gpus"]:
         resources["GPU"] = config["gpus"]
-    TorchTrainer(
+    trainer = TorchTrainer(
         train_loop,
         train_loop_config=config["job"],
+        torch_config=hearing_torch(),
         scaling_config=ScalingConfig(
             # Elastic only where there is a choice: it looks for more room now and then.
             num_workers=fewest if fewest == most else (fewest, most),
@@ -160,7 +166,9 @@ def recovery_trial(config: dict[str, Any]) -> None:
             failure_config=FailureConfig(max_failures=config["retries"]),
             callbacks=[TuneReportCallback()],
         ),
-    ).fit()
+    )
+    while not trainer.fit().return_value:
+        pass
 
 
 def _reason(result: Mapping[str, Any] | None) -> str:

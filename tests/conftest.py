@@ -15,7 +15,12 @@ pytest_plugins = ["tests.s3"]
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A QwenImagePipeline folder: 6 blocks of width 16, random weights. Read it, never change it.
+    """The folder of `make_tiny_pipeline`. Read it, never change it."""
+    return make_tiny_pipeline(tmp_path_factory.mktemp("teacher"))
+
+
+def make_tiny_pipeline(folder: Path) -> Path:
+    """A QwenImagePipeline folder in this one: 6 blocks of width 16, random weights.
 
     64-pixel pictures are latents [16, 8, 8], 16 packed tokens of 64 channels; text is 64 wide.
     """
@@ -30,7 +35,6 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from examples.make_miniature import make_tokenizer, text_encoder_config
 
-    folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "made" / "tokenizer")
     transformer = QwenImageTransformer2DModel(

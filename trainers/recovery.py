@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -65,6 +65,8 @@ class Start:
     """Of all steps so far."""
     optimizer_tensors: Mapping[str, Tensor] | None = None
     """What `held_tensors` gave, when `at` is inside a phase."""
+    rollbacks: int = 0
+    """How often training had gone back before."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,11 @@ def recover_steadily(
 ) -> None:
     """Calls `run` with where to start, the share of the learning rate, and what a spike is, until
     it comes through; after each divergence it goes back and on at half the rate, `step.rollbacks`
-    times at most. `said` gets each reason. Raises NanLossError when that did not help."""
-    for rollback in range(step.rollbacks + 1):
+    times at most, those of the start among them. `said` gets each reason. Raises NanLossError when
+    that did not help."""
+    for rollback in range(min(start.rollbacks, step.rollbacks), step.rollbacks + 1):
         left = step.rollbacks - rollback
+        start = replace(start, rollbacks=rollback)
         try:
             return run(start, 0.5**rollback, step.spike if left else None)
         except DivergedError as error:

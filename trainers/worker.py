@@ -2,7 +2,8 @@
 
 The job travels as plain JSON, and everything large comes from the store, which each worker opens
 by its URL. Any worker may be lost at any time: the group starts again from the latest checkpoint,
-whatever its size.
+whatever its size. When one has notice of it (trainers/notice.py), all of them save and leave after
+the same step, and the next attempt goes on from that very step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
 
+from storage.errors import EspalierError
 from storage.section import Section
 from storage.store import Store, StoreOptions, open_store
 from trainers.placement import Share
@@ -37,6 +39,10 @@ LOSSES = "losses.json"
 PLAN = "plan.json"
 
 _REPORTS = 20
+
+
+class LeavingError(EspalierError):
+    """A worker was told that its machine goes; all of them have saved the step before."""
 
 
 class RecoveryJob(Section):
@@ -101,9 +107,10 @@ class RecoveryOutcome(Section):
     """Optimizer steps since the schedule's start."""
 
 
-def train_loop(config: dict[str, Any]) -> None:
-    """Runs one `RecoveryJob` to its end on every worker; the body of a TorchTrainer.
+def train_loop(config: dict[str, Any]) -> bool:
+    """Runs one `RecoveryJob` on every worker; the body of a TorchTrainer.
 
+    False when it left before the end because a machine goes: the job goes on in another run.
     NaN ends the recovery with an outcome that says so, not with an exception: another attempt
     would end the same way. A worker that hangs ends its process, which Train sees.
     """
@@ -118,6 +125,7 @@ def train_loop(config: dict[str, Any]) -> None:
     from trainers.distilled import CALLED
     from trainers.evaluate import fidelity_loss
     from trainers.library.library import Library
+    from trainers.notice import Notice
     from trainers.probe import shared_probe
     from trainers.recovery import (
         NanLossError,
@@ -157,6 +165,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     losses: list[float] = []
     before = 0.0
+    rollbacks = 0
     token = _token()
     saver = Saver(
         store, job.checkpoints, rank=rank, world=world, token=token, keep=job.keep_checkpoints
@@ -181,7 +190,9 @@ def train_loop(config: dict[str, Any]) -> None:
             return None
         state = cast("dict[str, Any]", checkpoint.state)
         losses[:], before = state["losses"], max(before, state["seconds"])
-        return Start(Position(*state["at"]), tuple(losses), tensors)
+        # Checkpoints of the first version do not say how often a run had gone back.
+        rollbacks = state.get("rollbacks", 0)
+        return Start(Position(*state["at"]), tuple(losses), tensors, rollbacks)
 
     def go_back() -> Start:
         start = latest()
@@ -196,6 +207,7 @@ def train_loop(config: dict[str, Any]) -> None:
     started = time.monotonic()
     total = job.schedule.steps
     every = max(1, job.until // _REPORTS)
+    notice = Notice(rank, _mean_over_ranks, device)
 
     def seconds() -> float:
         return before + time.monotonic() - started
@@ -210,15 +222,24 @@ def train_loop(config: dict[str, Any]) -> None:
             reporter.tell_now_and_then(facts)
 
     def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
-        done = at.done(job.schedule)
-        if done == total or (done % job.checkpoint_every and done != job.until):
+        done, leaving = at.done(job.schedule), notice.given()
+        due = done != total and (done % job.checkpoint_every == 0 or done == job.until)
+        if not due and not leaving:
             return
         # Between phases the optimizer starts anew.
         held = held_tensors(student, optimizer if at.step else None)
-        state = {"at": [at.phase, at.step], "losses": losses, "seconds": seconds()}
+        state = {
+            "at": [at.phase, at.step], "losses": losses, "seconds": seconds(),
+            "rollbacks": rollbacks,
+        }  # fmt: skip
         saver.save(done, held, cast("JsonValue", state))
+        if leaving:
+            saver.finish()
+            raise LeavingError
 
     def run(start: Start, rate: float, spike: float | None) -> None:
+        nonlocal rollbacks
+        rollbacks = start.rollbacks
         recover(
             student,
             observed,
@@ -240,6 +261,9 @@ def train_loop(config: dict[str, Any]) -> None:
         recover_steadily(run, start, go_back, job.step, said=logging.getLogger(__name__).warning)
     except NanLossError as error:
         failed = str(error)
+    except LeavingError:
+        faulthandler.cancel_dump_traceback_later()
+        return False
     alive()
     saver.finish()
     took, fidelity = seconds(), cast("float | None", None)
@@ -274,6 +298,7 @@ def train_loop(config: dict[str, Any]) -> None:
     # One report more, by all ranks, so that none leaves while the first still measures and stores.
     reporter.tell({"step": len(losses), "steps": job.until, "failed": failed or ""})
     faulthandler.cancel_dump_traceback_later()
+    return True
 
 
 def publish_student(

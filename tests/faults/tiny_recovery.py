@@ -24,20 +24,22 @@ def prepare(store: Store, teacher: Teacher) -> None:
     put_replacements(store, teacher)
 
 
-def recover_tiny(store: Store, teacher: Teacher, progress: Any = None) -> list[Recovery]:
+def recover_tiny(
+    store: Store, teacher: Teacher, progress: Any = None, **settings: Any
+) -> list[Recovery]:
+    """`settings` are RecoverConfig's, where they differ."""
     phases = (
         PhaseSpace(loss="span", steps=20, lr=1e-3, batch_size=4, magnitude=0),
         PhaseSpace(loss="velocity", train="all", steps=STEPS - 20, lr=1e-3, batch_size=4),
     )
-    config = RecoverConfig(
-        finalists=2, schedules=1, keep=1, checkpoint_every=10, space=ScheduleSpace(phases=phases)
-    )
+    chosen = {"finalists": 2, "schedules": 1, "keep": 1, "checkpoint_every": 10, **settings}
+    config = RecoverConfig(space=ScheduleSpace(phases=phases), **chosen)
     with local_ray():
         return recover_finalists(
             [
                 Finalist("half", 0, plan_with(GOOD), 1.0),
                 Finalist("half", 1, plan_with(BROKEN), 2.0),
-            ],
+            ][: config.finalists],
             sweep="tiny",
             teacher=teacher,
             store=store,

@@ -15,6 +15,7 @@ from search.proposals import Target
 from search.score import Bench, Score
 from search.trials import SearchConfig, run_search
 from storage.store import Store, open_store
+from tests.nodes import ROOT, machines
 from tests.search.test_proposals import make_space
 from trainers.students.plan import Plan
 from trainers.teacher import Teacher
@@ -49,19 +50,9 @@ class Stand(Bench):
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A Ray cluster of one small machine."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    from cluster.connect import prepare_environment
-
-    prepare_environment()
-    # Workers find the tests by their path, as the tests themselves are found.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    ray.init(address=started.address, log_to_driver=False, logging_level="ERROR")
-    yield started
-    ray.shutdown()
-    started.shutdown()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with machines(head_cpus=1) as started:
+        yield started
 
 
 class Weather:

@@ -18,6 +18,7 @@ from trainers.losses import span_loss
 from trainers.optimizer import make_optimizer, moments, set_moments, set_rate
 from trainers.recovery import (
     Example,
+    LossSpikeError,
     NanLossError,
     Position,
     RecoveryError,
@@ -449,6 +450,18 @@ class Fragile:
 
 
 NAN = float("nan")
+
+
+def test_a_run_that_went_back_before_it_was_cut_off_goes_on_at_its_lower_rate() -> None:
+    seen: list[tuple[int, float, bool]] = []
+
+    def run(start: Start, rate: float, spike: float | None) -> None:
+        seen.append((start.rollbacks, rate, spike is not None))
+        if len(seen) == 1:
+            raise LossSpikeError("once more")
+
+    recover_steadily(run, Start(START, rollbacks=1), lambda: Start(START), StepConfig(rollbacks=2))
+    assert seen == [(1, 0.5, True), (2, 0.25, False)]
 
 
 def test_a_loss_that_is_not_finite_is_gone_back_from(teacher: nn.Module, latents: Latents) -> None:
