@@ -163,6 +163,8 @@ def train_loop(config: dict[str, Any]) -> bool:
     student = load_distilled(teacher, job.plan, library, device, job.step)
     observed = load_observed(teacher, device, job.shard_teacher, job.step)
 
+    untouched = True
+    """Whether the student is still what `load_distilled` made it."""
     losses: list[float] = []
     before = 0.0
     rollbacks = 0
@@ -182,6 +184,8 @@ def train_loop(config: dict[str, Any]) -> bool:
         tensors: dict[str, Tensor] = {}
 
         def load(checkpoint: Checkpoint) -> None:
+            nonlocal untouched
+            untouched = False  # from here on, also when the checkpoint proves damaged
             tensors.clear()  # of a newer checkpoint that another rank found damaged
             tensors.update(read_held(student, checkpoint.tensors))
 
@@ -196,14 +200,15 @@ def train_loop(config: dict[str, Any]) -> bool:
 
     def go_back() -> Start:
         start = latest()
-        if start is None:
+        if start is None and not on_all_ranks(untouched):
             losses.clear()
             student.average = None
             blocks = StreamedBlocks(teacher.family, teacher.config, teacher.weights())
             fill_student(student.student, job.plan, blocks, library)
         return start or Start(Position())
 
-    start = latest() or Start(Position())
+    start = go_back()
+    untouched = False
     started = time.monotonic()
     total = job.schedule.steps
     every = max(1, job.until // _REPORTS)

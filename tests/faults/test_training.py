@@ -14,9 +14,10 @@ from search.recover import Recovery
 from storage.manifest import read_json
 from storage.store import Store, open_store
 from tests.faults.conftest import Row
+from tests.faults.proxy import altered
 from tests.faults.test_storage import everything_is_published
 from tests.faults.tiny_recovery import prepare, recover_tiny
-from tests.search.test_recover import Killer, alone_losses, prefix_of
+from tests.search.test_recover import STEPS, Killer, alone_losses, prefix_of
 from tests.trainers.library.setting import (
     ENCODING,
     LONG,
@@ -73,6 +74,28 @@ def test_a_worker_is_killed_and_another_run_ends_in_nan(
     assert broken.failed is not None
     assert "not finite" in broken.failed
     row("worker SIGKILLed in a step; NaN in another run", "went on from its checkpoint; NaN told")
+
+
+class Damager(Killer):
+    """Turns a bit in every shard of the first checkpoint, then kills a worker that needs it."""
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        if self.killed is None and checkpoints(self.store):
+            prefix = checkpoints(self.store)[0].rpartition("/")[0]
+            for key in self.store.keys(prefix):
+                if key.endswith(".safetensors"):
+                    self.store.write(key, altered(self.store.read(key).read()))
+        super().update(done, total, **facts)
+
+
+def test_the_only_checkpoint_of_a_lost_worker_is_damaged(
+    store: Store, teacher: Teacher, row: Row
+) -> None:
+    damager = Damager(store)
+    [recovered] = recover_tiny(store, teacher, damager, finalists=1, checkpoint_every=STEPS // 2)
+    assert damager.killed is not None
+    nothing_is_lost(store, teacher, recovered)
+    row("worker SIGKILLed, its only checkpoint altered", "started anew on an untouched student")
 
 
 def test_a_library_worker_is_killed(
