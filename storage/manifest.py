@@ -65,6 +65,12 @@ class FileEntry(Section):
             raise ValueError("a file without a digest")
         return self
 
+    def like(self, other: FileEntry) -> bool:
+        """Whether both are of the same content, by every digest that both have."""
+        pairs = ((self.sha256, other.sha256), (self.blake3, other.blake3))
+        known = [mine == theirs for mine, theirs in pairs if mine and theirs]
+        return self.size == other.size and bool(known) and all(known)
+
     def hasher(self) -> Hasher:
         """What `is_of` is asked about once it has seen the content."""
         return PieceHasher() if self.sha256 is None else hashlib.sha256()
@@ -137,6 +143,13 @@ class Manifest(Section):
         except StoreError as error:
             raise ValueError(str(error)) from None
         return files
+
+
+def alike(one: Manifest | None, other: Manifest) -> bool:
+    """Whether both publish the same. A copy may have other kinds of digests than what it is of."""
+    if one is None or one.meta != other.meta or one.files.keys() != other.files.keys():
+        return False
+    return all(one.files[name].like(entry) for name, entry in other.files.items())
 
 
 def publish(

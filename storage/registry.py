@@ -18,7 +18,7 @@ from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import DamagedError, MissingKey, StoreError
-from storage.manifest import Body, Manifest, publish, published, verify, withdraw
+from storage.manifest import Body, alike, publish, published, verify, withdraw
 from storage.section import Section
 from storage.store import Store
 
@@ -102,21 +102,17 @@ def show_best(store: Store, budget: str) -> str | None:
             name: partial(store.read, f"{entry.model}/{name}") for name in model.files
         }
         try:
-            if spoiled or not _alike(published(store, prefix), model):
+            if spoiled or not alike(published(store, prefix), model):
                 publish(store, prefix, files, model.meta)
                 verify(store, prefix)
             spoiled = False
-            if _alike(published(store, prefix), model) and best(store, budget) == entry:
+            if alike(published(store, prefix), model) and best(store, budget) == entry:
                 return entry.model
         except (DamagedError, MissingKey):
             spoiled = True
     raise StoreError(
         f"{store.url}/{prefix}: others keep writing to it; run `espalier publish` again"
     )
-
-
-def _alike(shown: Manifest | None, model: Manifest) -> bool:
-    return shown is not None and (shown.files, shown.meta) == (model.files, model.meta)
 
 
 def keep_best(store: Store, budget: str, teacher: str, count: int) -> list[Entry]:
