@@ -20,7 +20,7 @@ from search.space import priced_space
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
 
-MARKS = 8
+MARKS = 12
 """Points of a recovery at which its student is measured and judged."""
 
 
@@ -43,7 +43,8 @@ def run_ours(setting: Setting, limit: int, trials: int, seed: int) -> dict[str, 
         family.name,
         config,
         [target],
-        sweep.config.analyse.replacements,
+        # The sweep's are for all of its budgets, and here is one.
+        sweep.config.analyse.replacements // len(sweep.config.budgets),
         [plan for _, _, plan in rules],
     )
     analysed = clock() - begun
