@@ -1,8 +1,9 @@
 """Training under Ray Train against the same loop under torchrun, in one run.
 
 Both train at once, by turns: while one does, every process of the other is stopped, Ray's own among
-them, so that both meet the same machine and each pays for all that it starts. Called by
-benchmarks.train.
+them, so that both meet the same machine and each pays for all that it starts. Once with a worker on
+every core, where whatever Ray computes is the training's loss, and once with one worker, as on a
+machine whose GPUs leave cores over. Called by benchmarks.train.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from trainers.reporting import Reporter
 from trainers.schedule import PLAIN
 from trainers.sharded import shard
 
-WORKERS = 2
+_BATCH = 4
+"""Of each worker."""
 WARM = 5
 EVERY = 5
 """Steps between reports, as in a recovery of 100, unless less than a second has gone."""
@@ -41,11 +43,11 @@ _START_SECONDS = 300.0
 class Side:
     """A process, with all that it has started, which trains and notes when each step ended."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, workers: int, folder: Path) -> None:
         self.notes = folder / name
-        program = [sys.executable, "-m", "benchmarks.raytrain", str(self.notes)]
+        program = [sys.executable, "-m", "benchmarks.raytrain", str(self.notes), str(workers)]
         if name == "torchrun":
-            launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={WORKERS}", "-m"]
+            launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={workers}", "-m"]
             program[2:2] = launch
         log = (folder / f"{name}.log").open("wb")
         # Ray's workers are at niceness 15 unless told, which beside others' work would be unequal.
@@ -120,12 +122,12 @@ def steps_by_turn(ends: Sequence[float], turns: Sequence[tuple[float, float]]) -
     return list(np.diff(np.interp(edges, active, np.arange(len(active)))))
 
 
-def ray_rows(turns: int, seconds: float) -> Iterator[Row]:
+def ray_row(workers: int, turns: int, seconds: float) -> Row:
     """Rates over all the time of a turn, reports among it; medians of the turns, and of the ratios
     of neighbouring ones. The first pair is left out. The ratio of core seconds is what that of the
     rates comes to on full cores, and does not see what else the machine does."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as ended:
-        sides = {name_: Side(name_, Path(name)) for name_ in ("torchrun", "ray")}
+        sides = {name_: Side(name_, workers, Path(name)) for name_ in ("torchrun", "ray")}
         for side in sides.values():
             ended.callback(side.kill)
         for side in sides.values():
@@ -138,9 +140,9 @@ def ray_rows(turns: int, seconds: float) -> Iterator[Row]:
         bare, ray = (side.rates()[1:] for side in sides.values())
         bare_took, ray_took = (sum(side.computed()[1:]) / turns for side in sides.values())
     ratios = [b / a for a, b in zip(bare, ray, strict=True)]
-    yield {
+    return {
         "part": "ray",
-        "workers": WORKERS,
+        "workers": workers,
         "turns": turns,
         "seconds": seconds,
         "torchrun_steps_per_s": round(statistics.median(bare), 2),
@@ -156,14 +158,14 @@ def ray_rows(turns: int, seconds: float) -> Iterator[Row]:
 def training() -> Iterator[Row]:
     """Steps of a sharded whole-model phase, without end; what each would report."""
     torch.set_num_threads(1)
-    phase = phases(batch=4 * WORKERS)[1]
+    world = torch.distributed.get_world_size()
+    phase = phases(batch=_BATCH * world)[1]
     student, teacher = built(SMALL, halved(12), PLAIN)
     shard(student, torch.device("cpu"), torch.float32)
     set_trainable(student, phase)
     optimizer = make_optimizer("adamw", student.parameters(), phase.lr)
     set_rate(optimizer, phase.lr)
-    share = phase.batch_size // torch.distributed.get_world_size()
-    example = drawn(SMALL, Pictures(64, 16), share)
+    example = drawn(SMALL, Pictures(64, 16), _BATCH)
     step = 0
     while True:
         loss = train_step(student, teacher, example, phase, optimizer, mean)
@@ -192,7 +194,7 @@ def ray_worker(config: dict[str, Any]) -> None:
     work(config["notes"], reporter.tell_now_and_then)
 
 
-def under_ray(notes: str) -> None:
+def under_ray(notes: str, workers: int) -> None:
     """Train as a recovery does."""
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -205,7 +207,7 @@ def under_ray(notes: str) -> None:
     TorchTrainer(
         ray_worker,
         train_loop_config={"notes": notes},
-        scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 0.5}),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name="benchmark", storage_path=str(Path(notes).parent)),
     ).fit()
 
@@ -215,4 +217,4 @@ if __name__ == "__main__":
         torch.distributed.init_process_group("gloo")
         work(sys.argv[1], lambda facts: None)
     else:
-        under_ray(sys.argv[1])
+        under_ray(sys.argv[1], int(sys.argv[2]))

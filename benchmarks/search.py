@@ -118,8 +118,9 @@ def main() -> None:
         finally:
             withdraw(sweep.store, prefix)
     workers = sweep.config.workers
+    count = len(clock.arrived)  # fewer than asked for when there are no more plans
     # The first trials of each worker load the models, so they are not warm.
-    edges = [4 * workers, *(p for p in PARTS if p < options.trials), options.trials]
+    edges = [4 * workers, *(p for p in PARTS if p < count), count]
     parts = [cost(trials, clock, first, last, workers) for first, last in pairwise(edges)]
     whole = cost(trials, clock, edges[0], edges[-1], workers)
     print(json.dumps({"workers": workers, **whole, "parts": parts}, indent=1))

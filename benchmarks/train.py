@@ -55,9 +55,9 @@ def main() -> None:
     if options.only in (None, "memory"):
         rows.append(memory_rows(SMALL, (12, 24, 48)))
     if options.only in (None, "ray"):
-        from benchmarks.raytrain import ray_rows
+        from benchmarks.raytrain import ray_row
 
-        rows.append(ray_rows(options.turns, options.seconds))
+        rows.append(ray_row(workers, options.turns, options.seconds) for workers in (2, 1))
     if options.only in (None, "gpu"):
         rows.append(gpu_rows())
     for row in itertools.chain(*rows):
