@@ -226,8 +226,12 @@ def damage_the_newest_checkpoint(scene: Scene) -> bool:
     if len(whole) < 2 or scene.damaged & set(whole):
         return False
     prefix = whole[-1]
-    name = scene.chance.choice([k for k in scene.store.keys(prefix) if not k.endswith(MANIFEST)])
-    content = bytearray(scene.store.read(name).read())
+    files = [k for k in scene.store.keys(prefix) if not k.endswith(MANIFEST)]
+    try:
+        name = scene.chance.choice(files)
+        content = bytearray(scene.store.read(name).read())
+    except (IndexError, MissingKey):
+        return False  # withdrawn meanwhile
     content[scene.chance.randrange(len(content))] ^= 1 << scene.chance.randrange(8)
     scene.damaged.add(prefix)
     scene.store.write(name, bytes(content))
