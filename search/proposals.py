@@ -107,11 +107,16 @@ class Proposals:
         }
         self._drawn_last = dict.fromkeys(self.studies, False)
         self._starts = self._starting_points(exact, plans)
-        self._asked: list[Proposal] = []
+        self._count = 0
+        """How many plans were proposed."""
+        self._asked: dict[int, Proposal] = {}
+        """Those whose results the studies were not told yet; a long search forgets the others here,
+        so that it does not grow."""
         self._drawn: dict[int, Mapping[str, Any]] = {}
         """What a sampler noted at the trials it drew, such as their generation."""
         self._seen: set[str] = set()
         self._results: dict[int, tuple[float, Mapping[Currency, int]]] = {}
+        """That were not told yet."""
         self._dearer: dict[str, list[float]] = {target.label: [] for target in targets}
         """Measured cost over predicted cost, of the plans told so far."""
         self._told = 0
@@ -125,11 +130,11 @@ class Proposals:
     def finished(self) -> bool:
         """Whether there is nothing left to propose."""
         every_plan_seen = len(self._exhausted) == len(self._targets)
-        return len(self._asked) >= self._total or every_plan_seen
+        return self._count >= self._total or every_plan_seen
 
     def next(self) -> Proposal | None:
         """The next proposal; None while it waits for results, and when `finished`."""
-        number = len(self._asked)
+        number = self._count
         while self._first_unknown in self._results:
             self._first_unknown += 1
         if self.finished or self._first_unknown <= number - self._lag:
@@ -212,7 +217,7 @@ class Proposals:
         import optuna
 
         study = self.studies[target.label]
-        seed = (self._seed * 1_000_003 + len(self._asked)) % 2**32
+        seed = (self._seed * 1_000_003 + self._count) % 2**32
         study.sampler = make_sampler(self._sampler, seed)
         trial = study.ask()
         drawn = self._space.suggest(trial)
@@ -224,7 +229,7 @@ class Proposals:
             near = {name: _moved(hold, rng, step / _STEPS_AWAY) for name, hold in drawn.items()}
             plan = next(space.plans(near, room))
             if plan.digest not in self._seen:
-                self._drawn[len(self._asked)] = asked.system_attrs
+                self._drawn[self._count] = asked.system_attrs
                 return self._proposed(target.label, self._sampler, plan)
         order = space.plans(dict.fromkeys(space.names, 0.0), room)
         for plan in self._orders.setdefault((target.label, room), order):
@@ -234,8 +239,9 @@ class Proposals:
 
     def _proposed(self, budget: str, origin: Origin, plan: Plan) -> Proposal:
         expected = self._surrogates[budget].damage(plan)
-        proposal = Proposal(len(self._asked), budget, origin, plan, expected)
-        self._asked.append(proposal)
+        proposal = Proposal(self._count, budget, origin, plan, expected)
+        self._asked[proposal.number] = proposal
+        self._count += 1
         self._seen.add(plan.digest)
         return proposal
 
@@ -243,7 +249,8 @@ class Proposals:
         import optuna
 
         while self._told <= last:
-            proposal, (loss, measured) = self._asked[self._told], self._results[self._told]
+            proposal, (loss, measured) = self._asked.pop(self._told), self._results.pop(self._told)
+            noted = self._drawn.pop(self._told, {})
             self._told += 1
             target = next(t for t in self._targets if t.label == proposal.budget)
             cost = measured.get(target.currency)
@@ -263,7 +270,7 @@ class Proposals:
                     for o in self._objectives
                 ],
                 constraints=None if cost is None else {target.currency: target.over(cost)},
-                system_attrs=dict(self._drawn.get(proposal.number, {})),
+                system_attrs=dict(noted),
             )
             study = self.studies[proposal.budget]
             study.add_trial(result)

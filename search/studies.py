@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,9 @@ ATTEMPTS = 5
 """How often a database is tried that does not answer."""
 FIRST_WAIT_SECONDS = 0.5
 """Before the second attempt; doubled before each later one."""
+
+DETAILS = ("params", "distributions", "user_attrs")
+"""Of a trial in a journal: what dashboards show and a search has no use for."""
 
 
 class StudyError(EspalierError):
@@ -180,7 +183,6 @@ def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTr
 
 def _storage(url: str) -> Any:
     from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
     from sqlalchemy.exc import ArgumentError
 
     if "://" in url:
@@ -193,7 +195,22 @@ def _storage(url: str) -> Any:
                 "for Python, such as psycopg[binary] for PostgreSQL"
             ) from error
     Path(url).parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(url))
+    return JournalStorage(_journal(url))
+
+
+def _journal(path: str) -> Any:
+    """The journal at a path, of whose trials this process reads that they are there and no more.
+
+    Optuna keeps what it reads of a journal in memory, 4 KiB a trial where this is 1.
+    """
+    from optuna.storages.journal import JournalFileBackend
+
+    class Journal(JournalFileBackend):
+        def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+            for log in super().read_logs(log_number_from):
+                yield {key: value for key, value in log.items() if key not in DETAILS}
+
+    return Journal(path)
 
 
 def _storage_error() -> type[Exception]:

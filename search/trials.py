@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -18,6 +20,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic.dataclasses import dataclass
 
 from search.budget import Currency, Target
 from search.objectives import DEFAULT, Objective, Scored, checked, scored
@@ -42,7 +45,7 @@ from trainers.teacher import Teacher
 
 TRIALS = "trials.json"
 
-ROUND = 2000
+ROUND = 500
 """Trials of one run of Tune, which forgets none of its trials, some 25 KiB each, before it ends.
 The next run's actors load the models anew, so it shall not be much smaller."""
 
@@ -110,8 +113,9 @@ class SearchConfig(Section):
     """On what plans are scored."""
 
 
-class Trial(Section):
-    """One scored plan."""
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Trial:
+    """One scored plan; small, since a search may hold ten thousand."""
 
     number: NonNegativeInt
     """In order of proposal, from 0."""
@@ -127,7 +131,7 @@ class Trial(Section):
     expected: float | None
     """Its fidelity loss as the trials before it let expect, see search/surrogate.py; none before
     there were any."""
-    fidelity_loss: float | None = Field(ge=0)
+    fidelity_loss: NonNegativeFloat | None
     """None when it was not a number."""
     costs: dict[Currency, NonNegativeInt] = Field(default_factory=dict)
     """Memory and latency as predicted from its blocks, where either is asked for."""
@@ -236,6 +240,7 @@ def run_search(
     cause = ""
     while searcher.advance():
         cause = _tune(searcher, bench, config, cpus, gpus)
+        gc.collect()  # what Tune leaves refers to itself, and would be there beside the next run's
     if searcher.error is not None:
         raise SearchError(f"search stopped: {searcher.error}{cause}")
     ordered = [trials[number] for number in sorted(trials)]
@@ -245,8 +250,8 @@ def run_search(
 
 def save_trials(store: Store, prefix: str, trials: Sequence[Trial]) -> None:
     """Publish a finished search."""
-    body = f"[{','.join(trial.model_dump_json() for trial in trials)}]"
-    publish(store, prefix, {TRIALS: body.encode()}, {"trials": len(trials)})
+    body = TypeAdapter(list[Trial]).dump_json(list(trials))
+    publish(store, prefix, {TRIALS: body}, {"trials": len(trials)})
 
 
 def load_trials(store: Store, prefix: str) -> list[Trial] | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sqlite3
+import tracemalloc
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -105,6 +109,26 @@ def test_trials_keep_their_numbers_though_they_end_out_of_order(url: str) -> Non
     assert numbers(url) == [0, 1, 2]
 
 
+def test_a_journal_is_not_kept_in_memory(tmp_path: Path) -> None:
+    """Of each trial 1 KiB is; what a journal of ten thousand takes does not show."""
+    url = journal_file(str(tmp_path), "one")
+
+    def many(first: int) -> list[Trial]:
+        return [replace(trial(n % len(PLANS)), number=n) for n in range(first, first + 50)]
+
+    log = opened(url)
+    log.add(many(0))
+    tracemalloc.start()
+    try:
+        log.add(many(50))
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 50 * 2048
+    assert [t.params for t in read(url).trials[:4]] == [plan_features(plan) for plan in PLANS]
+
+
 def test_another_search_of_the_sweep_takes_the_studys_place(url: str) -> None:
     opened(url).add([trial(0), trial(1)])
     opened(url, made_by="changed").add([trial(0, 0.75)])
@@ -168,10 +192,8 @@ def test_an_object_stores_study_lies_in_the_cache(
 
 def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str) -> None:
     log = StudyLog(url, "one", "t", "s", ("latency", "fidelity_loss"))
-    timed = {"costs": {"latency": 700}, "measured": {"latency": 900}, "over": 0.125}
-    log.add(
-        [trial(0).model_copy(update=timed), trial(1).model_copy(update={**timed, "over": -0.5})]
-    )
+    timed: dict[str, Any] = {"costs": {"latency": 700}, "measured": {"latency": 900}, "over": 0.125}
+    log.add([replace(trial(0), **timed), replace(trial(1), **{**timed, "over": -0.5})])
     study = read(url)
     assert study.metric_names == ["latency", "fidelity loss"]
     assert [t.values for t in study.trials] == [[700, 0.25], [700, 0.25]]

@@ -176,16 +176,16 @@ def test_trials_say_what_was_predicted_of_them(trials: list[Trial], space: Space
         assert trial.damage == pytest.approx(sum(pieces))
     damages = [trial.damage for trial in trials]
     in_order = [
-        trial.model_copy(update={"fidelity_loss": 2 * damage})
+        replace(trial, fidelity_loss=2 * damage)
         for trial, damage in zip(trials, damages, strict=True)
     ]
     assert agreement(in_order) == pytest.approx(1.0)
     reversed_ = [
-        trial.model_copy(update={"fidelity_loss": 1 / damage})
+        replace(trial, fidelity_loss=1 / damage)
         for trial, damage in zip(trials, damages, strict=True)
     ]
     assert agreement(reversed_) == pytest.approx(-1.0)
-    unscored = [trial.model_copy(update={"fidelity_loss": None}) for trial in trials]
+    unscored = [replace(trial, fidelity_loss=None) for trial in trials]
     assert agreement(unscored) is None
     assert agreement([*in_order[:2], *unscored]) is None
 
