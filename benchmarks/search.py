@@ -45,7 +45,7 @@ PARTS = (250, 500, 1_000, 2_000, 5_000)
 class DrawnBench(Bench):
     """Where a plan's score is drawn, by its digest, and nothing is loaded."""
 
-    def open(self) -> DrawnScorer:  # type: ignore[override]
+    def open(self) -> DrawnScorer:  # type: ignore[override]  # all that an actor asks of a scorer
         return DrawnScorer(open_store(self.url, self.options))
 
 

@@ -45,9 +45,10 @@ from trainers.teacher import Teacher
 
 TRIALS = "trials.json"
 
-ROUND = 500
+ROUND = 2000
 """Trials of one run of Tune, which forgets none of its trials, some 25 KiB each, before it ends.
-The next run's actors load the models anew, so it shall not be much smaller."""
+The next run's actors start and load the models anew: ten seconds for the miniature, so 20 ms a
+trial if there were 500 (benchmarks/README.md)."""
 
 
 class SearchError(EspalierError):
