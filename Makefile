@@ -58,8 +58,8 @@ study: install ## run the study of docs/study.md again (about an hour on 2 cores
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study
 	$(BIN)/python -m benchmarks.study.report build/study
 
-miniature: install ## train examples/miniature from nothing (about 90 minutes on 2 cores)
-	$(BIN)/python examples/make_miniature.py
+miniature: install ## train examples/miniature from nothing (about three hours on 2 cores)
+	$(BIN)/python -m examples.make_miniature
 
 clean: ## remove the environment and local runs
 	rm -rf .venv runs build *.egg-info

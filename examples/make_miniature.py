@@ -1,13 +1,15 @@
 """Trains examples/miniature, a small but genuine QwenImagePipeline, from nothing.
 
-    python examples/make_miniature.py --out examples/miniature --work /tmp/miniature-work
+    python -m examples.make_miniature --out examples/miniature
 
 Every part is the class that Qwen-Image itself uses, only smaller: a byte-level BPE tokenizer, a
 two-layer Qwen2.5-VL text encoder, `AutoencoderKLQwenImage`, `QwenImageTransformer2DModel` with 16
-dual-stream blocks of width 64, and the flow-matching scheduler. The
-data is drawn by the shapes task (trainers/tasks/shapes); combinations that the task holds out are
-never drawn here. Seeded: the same machine and versions give the same weights. About 90 minutes on
-2 CPU cores. Every stage leaves its output in --work, and a second call resumes after it.
+dual-stream blocks of width 64, and the flow-matching scheduler. The data is drawn by the shapes
+task (trainers/tasks/shapes); combinations that the task holds out are never drawn here. The
+transformer learns pictures of 64 pixels first, then also those of the size that the stock pipeline
+asks for (examples/default_size.py). Seeded: the same machine and versions give the same weights.
+About three hours on 2 CPU cores. Every stage leaves its output in --work, and a second call resumes
+after it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from examples.default_size import COURSES, GRID, teach_default_size
+from examples.default_size import SHIFT as DEFAULT_SIZE_SHIFT
 from trainers.evaluate import generate
 from trainers.tasks.shapes.draw import draw
 from trainers.tasks.shapes.grammar import (
@@ -89,9 +93,32 @@ def main() -> None:
     pictures = draw_pictures(work / "pictures.safetensors", composed)
     latents = encode_pictures(work / "latents.safetensors", vae, pictures)
     captions = [request.caption for request in wanted]
-    pipeline = train_transformer(options, tokenizer, vae, latents, captions)
+    if not (work / "small").exists():
+        pipeline = train_transformer(options, tokenizer, vae, latents, captions)
+        pipeline.save_pretrained(work / "small")
+    before = work / "small"
+    for number, course in enumerate(COURSES):
+        learned = work / f"course-{number}"
+        if not learned.exists():
+            pipeline = QwenImagePipeline.from_pretrained(before)
+            tiles = work / "tiles.safetensors"
+            teach_default_size(pipeline, tiles, latents, captions, SHIFT, course)
+            pipeline.save_pretrained(learned)
+        before = learned
+    pipeline = QwenImagePipeline.from_pretrained(before)
+    # Without what its latest call set.
+    pipeline.register_modules(tokenizer=make_tokenizer(work / "tokenizer"))
     pipeline.save_pretrained(options.out)
+    forget_paths(options.out)
     (options.out / "espalier.json").write_text('{"resolution": 64}\n')
+
+
+def forget_paths(folder: Path) -> None:
+    """Takes the folders of --work, which diffusers notes, out of a saved pipeline."""
+    for file in folder.rglob("*.json"):
+        said = json.loads(file.read_text())
+        if said.pop("_name_or_path", None):
+            file.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def make_tokenizer(folder: Path) -> Qwen2Tokenizer:
@@ -256,8 +283,8 @@ def train_transformer(
     torch.nn.init.zeros_(transformer.proj_out.bias)
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            base_image_seq_len=16, base_shift=math.log(SHIFT), max_image_seq_len=8192,
-            max_shift=math.log(SHIFT), shift_terminal=0.02, use_dynamic_shifting=True,
+            base_image_seq_len=16, base_shift=math.log(SHIFT), max_image_seq_len=GRID * GRID,
+            max_shift=math.log(DEFAULT_SIZE_SHIFT), shift_terminal=0.02, use_dynamic_shifting=True,
         ),
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Trains examples/miniature-flux, a small but genuine FluxPipeline, from nothing.
 
-    python examples/make_miniature_flux.py --out examples/miniature-flux
+    python -m examples.make_miniature_flux --out examples/miniature-flux
 
 The pictures, captions and training are those of examples/make_miniature.py; the parts are FLUX.1's
 own classes: CLIP and T5 text encoders, `AutoencoderKL`, and a guided `FluxTransformer2DModel` with
@@ -25,18 +25,6 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from make_miniature import (
-    BATCH,
-    HEADS,
-    PICTURES,
-    SHIFT,
-    VAE_BATCH,
-    WIDTH,
-    draw_pictures,
-    to_signal,
-    train,
-    varied_scenes,
-)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -49,6 +37,18 @@ from transformers import (
     T5Tokenizer,
 )
 
+from examples.make_miniature import (
+    BATCH,
+    HEADS,
+    PICTURES,
+    SHIFT,
+    VAE_BATCH,
+    WIDTH,
+    draw_pictures,
+    to_signal,
+    train,
+    varied_scenes,
+)
 from trainers.students.families.flux import text_tokens
 from trainers.tasks.shapes.grammar import FAMILIES, compose, requests, sample_training_request
 
