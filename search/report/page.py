@@ -154,6 +154,7 @@ def _page(data: ReportData, drawn: Sequence[Drawn]) -> str:
     filters: dict[str, Callable[..., str]] = {
         "count": words.count,
         "percent": words.percent,
+        "ffn": words.ffn,
         # A number and its unit stay on one line.
         "duration": lambda seconds: words.duration(seconds).replace(" ", "\u00a0"),
         "loss": words.loss,

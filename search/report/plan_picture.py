@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from search.report.canvas import LIGHT, POINTS, Drawing, Theme, figure, png
-from search.report.words import percent, span
+from search.report.words import ffn, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def plan_png(plan: Plan) -> bytes:
 def in_words(plan: Plan) -> str:
     """The plan in one sentence without its full stop, for alt texts, captions and cards."""
     merged = [span(*block.span) for block in plan.blocks if block.length > 1]
-    cut = [f"{span(*b.span)} to {_width(b, 3)}" for b in plan.blocks if b.ffn != 1.0]
+    cut = [f"{span(*b.span)} to {ffn(b.ffn)}" for b in plan.blocks if b.ffn != 1.0]
     texts = {
         text: [span(*b.span) for b in plan.blocks if b.text == text]
         for text in ("projected", "shared")
@@ -147,7 +147,7 @@ def _row(
         if block.ffn != 1.0:
             _cell(ax, low, top + STUDENT, high - low, full, "none", edge=theme.muted)
             ax.text(
-                middle, top + STUDENT + full - 9, _width(block, 2),
+                middle, top + STUDENT + full - 9, ffn(block.ffn, 2),
                 ha="center", va="center", color=theme.muted,
                 fontsize=min(10.0, cell * 0.36) * POINTS,
             )  # fmt: skip
@@ -162,10 +162,6 @@ def _row(
             middle, top + NAMES, span(first, last), ha="center", va="center",
             color=theme.ink, fontsize=small,
         )  # fmt: skip
-
-
-def _width(block: BlockPlan, digits: int) -> str:
-    return "linear" if block.ffn == "linear" else percent(round(block.ffn, digits))
 
 
 def _cell(

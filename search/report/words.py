@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from search.budget import Currency
+    from trainers.students.plan import Ffn
 
 
 def count(number: float) -> str:
@@ -28,6 +29,11 @@ def significant(number: float) -> str:
 def percent(part: float) -> str:
     """0.4979 -> "49.8%", 1.0 -> "100%"."""
     return f"{100 * part:.1f}".removesuffix(".0") + "%"
+
+
+def ffn(kept: Ffn, digits: int = 3) -> str:
+    """How wide a block's FFN is: 0.5 -> "50%", "linear" -> "linear"."""
+    return "linear" if kept == "linear" else percent(round(kept, digits))
 
 
 def memory(size: float) -> str:

@@ -335,6 +335,21 @@ def test_a_narrowed_student_says_what_it_needs() -> None:
     assert loading(narrow, "x", {}, "a").startswith("import trainers  # pip install espalier")
 
 
+def test_a_linear_ffn_is_called_so(tmp_path: Path) -> None:
+    data = whole()
+    first, second = THIRD.blocks
+    blocks = (first, second.model_copy(update={"ffn": "linear"}))
+    linear = THIRD.model_copy(update={"blocks": blocks})
+    data = dataclasses.replace(
+        data,
+        trials=tuple(dataclasses.replace(t, plan=linear) for t in data.trials),
+        students=tuple(dataclasses.replace(s, plan=linear) for s in data.students),
+    )
+    page = Page(write_report(data, tmp_path / "report")[0].read_text(encoding="utf-8"))
+    assert "3–5 library linear" in page.text
+    assert "2 1 0.2" in page.text  # blocks, those of them narrowed, fidelity loss
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(812, "812"), (923_648, "924k"), (999_700, "1.00M"), (1_853_504, "1.85M"),
