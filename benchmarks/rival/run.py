@@ -30,7 +30,7 @@ def main() -> None:
     arguments.add_argument("--budget", default="50%")
     arguments.add_argument("--trials", type=int, default=60)
     arguments.add_argument("--steps", type=int, nargs="+", default=[200])
-    arguments.add_argument("--per-family", type=int, default=20)
+    arguments.add_argument("--per-family", type=int, default=40)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
