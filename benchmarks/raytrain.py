@@ -200,9 +200,10 @@ def under_ray(notes: str, workers: int) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from cluster.connect import LOCAL
     from search.racing import TRAIN_ENVIRONMENT
 
-    os.environ.update(TRAIN_ENVIRONMENT, RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+    os.environ.update(TRAIN_ENVIRONMENT | LOCAL)
     ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     TorchTrainer(
         ray_worker,

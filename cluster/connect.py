@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -39,6 +39,15 @@ BEHAVIOUR = {
     # Relative paths in a config mean the same in a worker as here.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+
+LOCAL = {
+    # An actor that would watch for the end of the very machine it runs on.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # What a dashboard shows, and a local Ray has none.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+}
+"""What a Ray on this machine does without: its own processes share the cores that train."""
 
 PASSED_ON = (
     "AWS_DEFAULT_REGION",
@@ -76,8 +85,7 @@ def connected(accelerator: Literal["cpu", "gpu"]) -> Iterator[None]:
         "configure_logging": True,
     }
     if address is None:
-        # An actor that would watch for the end of the very machine it runs on.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        _set(LOCAL)
         arguments |= {
             "num_cpus": processors(),
             "include_dashboard": False,
@@ -135,13 +143,17 @@ def core_kept_quiet() -> Iterator[None]:
 
 def prepare_environment() -> None:
     """Sets what Ray and its workers read at their start; a variable that is set already stays."""
-    for name, value in (QUIET | BEHAVIOUR).items():
-        os.environ.setdefault(name, value)
+    _set(QUIET | BEHAVIOUR)
 
 
 def processors() -> int:
     """Processors this process may use: containers and `taskset` allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _set(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _quieten() -> None:
