@@ -25,10 +25,10 @@ import torch
 import torch.distributed
 
 from benchmarks.train import SMALL, Row, built, drawn, halved, phases
+from trainers.desk import Desk, Line
 from trainers.estimate import Pictures
 from trainers.optimizer import make_optimizer, set_rate
 from trainers.recovery import set_trainable, train_step
-from trainers.reporting import Reporter
 from trainers.schedule import PLAIN
 from trainers.sharded import shard
 
@@ -190,8 +190,7 @@ def work(notes: str, report: Callable[[Row], None]) -> None:
 
 
 def ray_worker(config: dict[str, Any]) -> None:
-    reporter = Reporter(lambda found: mean(torch.tensor(float(found))).item() == 1)
-    work(config["notes"], reporter.tell_now_and_then)
+    work(config["notes"], Line(config["desk"], torch.distributed.get_rank()).tell)
 
 
 def under_ray(notes: str, workers: int) -> None:
@@ -207,7 +206,7 @@ def under_ray(notes: str, workers: int) -> None:
     ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     TorchTrainer(
         ray_worker,
-        train_loop_config={"notes": notes},
+        train_loop_config={"notes": notes, "desk": ray.remote(num_cpus=0)(Desk).remote()},
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name="benchmark", storage_path=str(Path(notes).parent)),
     ).fit()

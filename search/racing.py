@@ -1,15 +1,19 @@
-"""What Ray sees of recoveries: a Tune trial for each, whose body is a Ray Train job.
+"""What Ray sees of recoveries: a Tune trial for each run, done by the workers of a Ray Train job.
 
 Import this late: it imports Ray Tune and Train. Small recoveries are mostly start-up, and start-up
-is mostly processes that import torch and Ray. So one trial actor serves trial after
-trial, it asks for no CPU, and Train looks at its workers often.
+is mostly processes that import torch and Ray. So one trial actor serves trial after trial, and the
+workers of its Ray Train job stay for the next.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
+import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -18,11 +22,13 @@ from ray.tune.search import Searcher
 from search.recover import Book, Grounds
 from search.study import StatelessSearcher, quiet_tune
 from search.tiers import Race, Run
+from trainers.desk import Desk, State
+from trainers.placement import Share
 from trainers.progress import Progress
 
 TRAIN_ENVIRONMENT = {
-    # How often Train looks at its workers, and so how soon it sees that they have finished.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+    # How often Train looks at its workers, and so how soon it sees that one is lost.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # How often it looks for machines that will go. Some clouds say so 30 s before.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
@@ -38,6 +44,8 @@ _ROOM, _ROOM_ELASTIC = "300", "20"
 _DRIVER = {"node:__internal_head__": 0.001}
 _PARTS = 100
 """In how many parts a recovery's progress is told."""
+_LOOK_SECONDS = 0.1
+_CLOSING_SECONDS = 60.0
 
 
 class RaceSearcher(StatelessSearcher):
@@ -50,7 +58,7 @@ class RaceSearcher(StatelessSearcher):
         config: Callable[[Run], dict[str, Any]],
         progress: Progress,
     ):
-        """`config` says what `recovery_trial` is given for a run."""
+        """`config` says what `RecoveryTrial` is given for a run."""
         super().__init__()
         self._races, self._book, self._config = list(races), book, config
         self._progress = progress
@@ -95,6 +103,136 @@ class RaceSearcher(StatelessSearcher):
         self._progress.update(done, total * _PARTS, **facts)
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """What the crews of a stage have in common."""
+
+    folder: str
+    """Where Ray Train keeps its own records."""
+    fewest: int
+    most: int
+    """Workers of a crew."""
+    retries: int
+    """How often a crew starts again after losing a worker."""
+    share: Share
+    """Of each worker."""
+
+
+class Crew:
+    """Workers of one Ray Train job, which take recovery after recovery."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._fleet = fleet
+        # Beside this process, and not in the trial's placement group, which has no room.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote()
+        self.error: BaseException | None = None
+        """What their job ended with, before it was told to."""
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def put(self, job: dict[str, Any]) -> None:
+        """Their next job."""
+        self._desk.put.remote(job)
+
+    def look(self) -> State:
+        """How the job stands."""
+        import ray
+
+        found: State = ray.get(self._desk.look.remote())
+        return found
+
+    def close(self) -> None:
+        """Let them go, and wait until they have."""
+        self._desk.close.remote()
+        self._thread.join(_CLOSING_SECONDS)
+
+    def _work(self) -> None:
+        try:
+            trainer = self._trainer()
+            # Another run whenever they have left machines that will go.
+            while not trainer.fit().return_value:
+                pass
+        except BaseException as error:
+            self.error = error
+
+    def _trainer(self) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from trainers.notice import hearing_torch
+        from trainers.worker import train_loop
+
+        fleet = self._fleet
+        fixed = fleet.fewest == fleet.most
+        room = _ROOM if fixed else _ROOM_ELASTIC
+        environment = {**TRAIN_ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": room}
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
+        resources = {"CPU": fleet.share.num_cpus}
+        if fleet.share.num_gpus:
+            resources["GPU"] = fleet.share.num_gpus
+        return TorchTrainer(
+            train_loop,
+            train_loop_config={"desk": self._desk},
+            torch_config=hearing_torch(),
+            scaling_config=ScalingConfig(
+                # Elastic only where there is a choice: it looks for more room now and then.
+                num_workers=fleet.fewest if fixed else (fleet.fewest, fleet.most),
+                use_gpu=bool(fleet.share.num_gpus),
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=f"crew-{uuid.uuid4().hex}",
+                storage_path=fleet.folder,
+                failure_config=FailureConfig(max_failures=fleet.retries),
+            ),
+        )
+
+
+class RecoveryTrial(tune.Trainable):
+    """A Tune trial: one run. The crew stays from trial to trial, unless it has lost a worker: the
+    next run has all its retries."""
+
+    def setup(self, config: dict[str, Any], fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._crew: Crew | None = None
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._job: dict[str, Any] | None = new_config["job"]
+        self._told: dict[str, Any] = {}
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Returns when there is something new."""
+        crew = self._crew = self._crew or Crew(self._fleet)
+        if self._job is not None:
+            crew.put(self._job)
+            self._job = None
+        while True:
+            state = crew.look()
+            if state.finished:
+                if state.attempts > 1:
+                    self.cleanup()
+                return {"done": True}
+            if crew.error is not None:
+                self._crew = None
+                raise crew.error
+            if state.facts != self._told:
+                self._told = state.facts
+                return {**state.facts, "done": False}
+            time.sleep(_LOOK_SECONDS)
+
+    def cleanup(self) -> None:
+        crew, self._crew = self._crew, None
+        if crew is not None:
+            crew.close()
+
+
 def run_races(
     races: Sequence[Race],
     book: Book,
@@ -104,22 +242,13 @@ def run_races(
 ) -> None:
     """Run what is left of all races, noting outcomes in the book."""
     with tempfile.TemporaryDirectory(prefix="espalier-recover-") as folder, quiet_tune():
+        fleet = Fleet(folder, *workers, grounds.config.retries, grounds.share)
 
         def config(run: Run) -> dict[str, Any]:
-            job = grounds.job(run.candidate, run.tier)
-            name = f"{grounds.sweep}-{grounds.name(run.candidate)}-{job.until}"
-            return {
-                "name": name,
-                "folder": folder,
-                "workers": workers,
-                "retries": grounds.config.retries,
-                "cpus": grounds.share.num_cpus,
-                "gpus": grounds.share.num_gpus,
-                "job": job.model_dump(mode="json"),
-            }
+            return {"job": grounds.job(run.candidate, run.tier).model_dump(mode="json")}
 
         tune.Tuner(
-            tune.with_resources(recovery_trial, _DRIVER),
+            tune.with_resources(tune.with_parameters(RecoveryTrial, fleet=fleet), _DRIVER),
             tune_config=tune.TuneConfig(
                 search_alg=RaceSearcher(races, book, config, progress),
                 num_samples=-1,  # until the searcher says that it has finished
@@ -128,47 +257,14 @@ def run_races(
                 trial_name_creator=_short,
                 trial_dirname_creator=_short,
             ),
-            run_config=tune.RunConfig(name="recover", storage_path=folder, verbose=0),
+            run_config=tune.RunConfig(
+                name="recover",
+                storage_path=folder,
+                verbose=0,
+                # Tune would save a class trainable at its end, and ours are in the store.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
         ).fit()
-
-
-def recovery_trial(config: dict[str, Any]) -> None:
-    """The body of one trial: a Ray Train job on the config's workers, and another one whenever they
-    have left machines that will go."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from trainers.notice import hearing_torch
-    from trainers.worker import train_loop
-
-    fewest, most = config["workers"]
-    room = _ROOM if fewest == most else _ROOM_ELASTIC
-    environment = {**TRAIN_ENVIRONMENT, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": room}
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    resources = {"CPU": config["cpus"]}
-    if config["gpus"]:
-        resources["GPU"] = config["gpus"]
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config=config["job"],
-        torch_config=hearing_torch(),
-        scaling_config=ScalingConfig(
-            # Elastic only where there is a choice: it looks for more room now and then.
-            num_workers=fewest if fewest == most else (fewest, most),
-            use_gpu=bool(config["gpus"]),
-            resources_per_worker=resources,
-        ),
-        run_config=RunConfig(
-            name=config["name"],
-            storage_path=config["folder"],
-            failure_config=FailureConfig(max_failures=config["retries"]),
-            callbacks=[TuneReportCallback()],
-        ),
-    )
-    while not trainer.fit().return_value:
-        pass
 
 
 def _reason(result: Mapping[str, Any] | None) -> str:

@@ -1,9 +1,10 @@
-"""What each Ray Train worker of a recovery runs: shards the student, trains it, keeps checkpoints.
+"""What each Ray Train worker runs: recovery after recovery, as trainers/desk.py has them.
 
-The job travels as plain JSON, and everything large comes from the store, which each worker opens
-by its URL. Any worker may be lost at any time: the group starts again from the latest checkpoint,
-whatever its size. When one has notice of it (trainers/notice.py), all of them save and leave after
-the same step, and the next attempt goes on from that very step.
+It shards the student, trains it and keeps checkpoints. A job travels as plain JSON, and everything
+large comes from the store, which each worker opens by its URL. Any worker may be lost at any time:
+the group starts again from the latest checkpoint, whatever its size. When one has notice of it
+(trainers/notice.py), all of them save and leave after the same step, and the next attempt goes on
+from that very step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
@@ -21,6 +22,7 @@ from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
 from storage.errors import EspalierError
 from storage.section import Section
 from storage.store import Store, StoreOptions, open_store
+from trainers.desk import Line, Taken
 from trainers.placement import Share
 from trainers.probe import ProbeConfig
 from trainers.schedule import Schedule, StepConfig
@@ -108,15 +110,36 @@ class RecoveryOutcome(Section):
 
 
 def train_loop(config: dict[str, Any]) -> bool:
-    """Runs one `RecoveryJob` on every worker; the body of a TorchTrainer.
+    """Runs the jobs of the desk in `config` on every worker until the desk is closed; the body of a
+    TorchTrainer.
 
     False when it left before the end because a machine goes: the job goes on in another run.
+    """
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    line = Line(config["desk"], rank)
+    while True:
+        taken = _from_first_rank(line.take())
+        if taken.job is not None:
+            if not run_job(RecoveryJob.model_validate(taken.job), rank, world, line.tell):
+                return False
+            line.finish()
+        elif taken.closed:
+            return True
+
+
+def run_job(
+    job: RecoveryJob, rank: int, world: int, tell: Callable[[dict[str, Any]], None]
+) -> bool:
+    """One job on one of its workers; False when it left before the end.
+
     NaN ends the recovery with an outcome that says so, not with an exception: another attempt
     would end the same way. A worker that hangs ends its process, which Train sees.
     """
     import faulthandler
 
-    import ray.train
     import torch
 
     from storage.checkpoint import Checkpoint, Saver, latest_checkpoint
@@ -138,24 +161,21 @@ def train_loop(config: dict[str, Any]) -> bool:
         recover_steadily,
         student_weights,
     )
-    from trainers.reporting import Reporter
     from trainers.sharded import load_distilled, load_observed
     from trainers.teacher import open_teacher
     from trainers.weights import StreamedBlocks, fill_student
-
-    job = RecoveryJob.model_validate(config)
 
     def alive() -> None:
         faulthandler.dump_traceback_later(job.timeout, exit=True)
 
     alive()
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
     first = rank == 0
     Share(job.num_cpus, job.num_gpus, job.threads, cast("Any", job.device)).prepare()
     device = torch.device(job.device)  # the process's own GPU is already the current one
 
     store = open_store(job.store, job.options)
+    if read_outcome(store, job.prefix) is not None:
+        return True  # an attempt that was lost after it had come to the end
     teacher = open_teacher(job.teacher)
     latents = open_latents(store, job.encoding)
     dtype = teacher.weights().dtype
@@ -175,8 +195,6 @@ def train_loop(config: dict[str, Any]) -> bool:
 
     def on_all_ranks(found: bool) -> bool:
         return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
-
-    reporter = Reporter(on_all_ranks)
 
     def latest() -> Start | None:
         nonlocal before
@@ -223,8 +241,7 @@ def train_loop(config: dict[str, Any]) -> bool:
         done = len(losses)
         if done % every == 0:
             loss_now = sum(losses[-every:]) / every
-            facts = {"step": done, "steps": job.until, "phase": at.phase, "loss": loss_now}
-            reporter.tell_now_and_then(facts)
+            tell({"step": done, "steps": job.until, "phase": at.phase, "loss": loss_now})
 
     def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
         done, leaving = at.done(job.schedule), notice.given()
@@ -300,8 +317,6 @@ def train_loop(config: dict[str, Any]) -> bool:
         )
         if failed or job.until == total:
             withdraw(store, job.checkpoints)
-    # One report more, by all ranks, so that none leaves while the first still measures and stores.
-    reporter.tell({"step": len(losses), "steps": job.until, "failed": failed or ""})
     faulthandler.cancel_dump_traceback_later()
     return True
 
@@ -381,6 +396,18 @@ def read_outcome(store: Store, prefix: str) -> RecoveryOutcome | None:
 
     manifest = published(store, prefix)
     return None if manifest is None else RecoveryOutcome.model_validate(manifest.meta)
+
+
+def _from_first_rank(taken: Taken) -> Taken:
+    """What the first rank has, on all of them."""
+    import torch
+    import torch.distributed
+
+    held = [taken]
+    nccl = torch.distributed.get_backend() == "nccl"
+    device = torch.device("cuda" if nccl else "cpu")
+    torch.distributed.broadcast_object_list(held, device=device)
+    return held[0]
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:
