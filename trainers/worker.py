@@ -9,6 +9,7 @@ from that very step.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -121,6 +122,8 @@ def train_loop(config: dict[str, Any]) -> bool:
     rank, world = context.get_world_rank(), context.get_world_size()
     line = Line(config["desk"], rank)
     while True:
+        # Sharded models hold themselves in circles, and the next job needs their memory.
+        gc.collect()
         taken = _from_first_rank(line.take())
         if taken.job is not None:
             if not run_job(RecoveryJob.model_validate(taken.job), rank, world, line.tell):

@@ -1,0 +1,79 @@
+"""What the workers of a Ray Train job do between one recovery and the next; the recoveries
+themselves are in tests/search/test_recover.py."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.train
+
+from trainers import worker
+from trainers.desk import Taken
+
+
+class Model:
+    """Holds itself, as a module and the hooks on it do."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What lies on the desk, in its order, seen by the only worker; it is closed afterwards."""
+    left: list[Any] = []
+    line = SimpleNamespace(
+        take=lambda: Taken(left.pop(0), closed=False) if left else Taken(None, closed=True),
+        tell=lambda facts: None,
+        finish=lambda: None,
+    )
+    alone = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: alone)
+    monkeypatch.setattr(worker, "Line", lambda desk, rank: line)
+    monkeypatch.setattr(worker, "_from_first_rank", lambda taken: taken)
+    monkeypatch.setattr(worker.RecoveryJob, "model_validate", lambda job: job)
+    return left
+
+
+def test_jobs_are_done_in_turn_until_the_desk_is_closed(
+    found: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    monkeypatch.setattr(worker, "run_job", lambda job, *_: done.append(job) or True)
+    found += [{"step": 1}, None, {"step": 2}]
+    assert worker.train_loop({"desk": None}) is True
+    assert done == [{"step": 1}, {"step": 2}]
+
+
+def test_a_worker_that_leaves_does_not_take_the_next_job(
+    found: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "run_job", lambda job, *_: False)
+    found += [{"step": 1}, {"step": 2}]
+    assert worker.train_loop({"desk": None}) is False
+    assert found == [{"step": 2}]
+
+
+def test_what_a_job_held_is_let_go_before_the_next(
+    found: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Model]] = []
+    alive: list[int] = []
+
+    def run(*_: Any) -> bool:
+        alive.append(sum(model() is not None for model in models))
+        models.append(weakref.ref(Model()))
+        return True
+
+    monkeypatch.setattr(worker, "run_job", run)
+    found += [{"step": 1}, {"step": 2}, {"step": 3}]
+    gc.disable()
+    try:
+        worker.train_loop({"desk": None})
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
