@@ -16,8 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search.recover import Book, Grounds
 from search.study import StatelessSearcher, quiet_tune
@@ -122,9 +124,6 @@ class Crew:
     """Workers of one Ray Train job, which take recovery after recovery."""
 
     def __init__(self, fleet: Fleet) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         self._fleet = fleet
         # Beside this process, and not in the trial's placement group, which has no room.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -140,8 +139,6 @@ class Crew:
 
     def look(self) -> State:
         """How the job stands."""
-        import ray
-
         found: State = ray.get(self._desk.look.remote())
         return found
 

@@ -168,17 +168,26 @@ def run_job(
     from trainers.teacher import open_teacher
     from trainers.weights import StreamedBlocks, fill_student
 
+    first, total = rank == 0, job.schedule.steps
+    store = open_store(job.store, job.options)
+
+    def clear_up(outcome: RecoveryOutcome) -> None:
+        if outcome.failed or job.until == total:
+            withdraw(store, job.checkpoints)
+
+    ended = read_outcome(store, job.prefix)
+    if ended is not None:  # an attempt was lost after it had come to the end
+        if first:
+            clear_up(ended)
+        return True
+
     def alive() -> None:
         faulthandler.dump_traceback_later(job.timeout, exit=True)
 
     alive()
-    first = rank == 0
     Share(job.num_cpus, job.num_gpus, job.threads, cast("Any", job.device)).prepare()
     device = torch.device(job.device)  # the process's own GPU is already the current one
 
-    store = open_store(job.store, job.options)
-    if read_outcome(store, job.prefix) is not None:
-        return True  # an attempt that was lost after it had come to the end
     teacher = open_teacher(job.teacher)
     latents = open_latents(store, job.encoding)
     dtype = teacher.weights().dtype
@@ -231,7 +240,6 @@ def run_job(
     start = go_back()
     untouched = False
     started = time.monotonic()
-    total = job.schedule.steps
     every = max(1, job.until // _REPORTS)
     notice = Notice(rank, _mean_over_ranks, device)
 
@@ -318,8 +326,7 @@ def run_job(
             {LOSSES: json.dumps(losses).encode()},
             outcome.model_dump(mode="json"),
         )
-        if failed or job.until == total:
-            withdraw(store, job.checkpoints)
+        clear_up(outcome)
     faulthandler.cancel_dump_traceback_later()
     return True
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.train
 
+from storage.manifest import publish
+from storage.store import StoreOptions, open_store
 from trainers import worker
 from trainers.desk import Taken
 
@@ -77,3 +80,21 @@ def test_what_a_job_held_is_let_go_before_the_next(
     finally:
         gc.enable()
     assert alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("until", "left"), [(4, True), (9, False)])
+def test_an_attempt_that_was_lost_at_its_very_end_is_only_cleared_up_after(
+    tmp_path: Path, until: int, left: bool
+) -> None:
+    store = open_store(str(tmp_path))
+    publish(store, "run/checkpoints/step-000000004", {"state.json": b"{}"})
+    outcome = worker.RecoveryOutcome(fidelity_loss=0.5, seconds=1.0, steps=until)
+    publish(store, "run/end", {}, outcome.model_dump(mode="json"))
+    job = worker.RecoveryJob.model_construct(
+        store=store.url, options=StoreOptions(), prefix="run/end", checkpoints="run/checkpoints",
+        until=until, schedule=SimpleNamespace(steps=9),
+    )  # fmt: skip
+    for rank in (1, 0):
+        assert worker.run_job(job, rank, 2, lambda facts: None) is True
+    # Who may still go on from there needs its checkpoint.
+    assert bool(list(store.keys("run/checkpoints"))) is left
