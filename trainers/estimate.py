@@ -159,7 +159,7 @@ def activations(run: Run, phase: Phase) -> int:
 
 
 def step_flops(run: Run, phase: Phase) -> float:
-    """Floating-point operations of one step: a backward pass takes twice its forward pass."""
+    """Floating-point operations of a step, on average; a backward pass takes two forward ones."""
     whole = identity_plan(run.plan.family, run.plan.teacher_blocks).blocks
     own = phase.loss != "span" or phase.inputs == "student"
     flops = 0.0
@@ -172,7 +172,8 @@ def step_flops(run: Run, phase: Phase) -> float:
         elif trained or own:
             flops += forward * (3 if trained else 1)
     if phase.loss != "diffusion":
-        flops += sum(block_flops(run.family, run.config, b, run.pictures) for b in whole)
+        passes = sum(block_flops(run.family, run.config, b, run.pictures) for b in whole)
+        flops += passes / phase.reuse
     return flops * phase.batch_size
 
 

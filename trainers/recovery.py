@@ -7,6 +7,7 @@ depends on the seed, p and s alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -35,6 +36,10 @@ Mean = Callable[[Tensor], Tensor]
 _OPTIMIZER = "optimizer/"
 _RECENT = 20
 """Steps of a phase before it that a loss is held against."""
+
+_GROUP = 8
+"""Batches of which the teacher's answers are held when each is used several times: far enough apart
+for a step not to learn from what the one before it saw."""
 
 _STUDENT = "student/"
 _AVERAGE = "average/"
@@ -100,6 +105,9 @@ class Example:
     """Pictures that the ranks have of this step; None when all have as many as these."""
     weight: float = 1.0
     """What makes the mean over ranks that have unequally many one over pictures."""
+    answers: dict[int, Tensor] | None = None
+    """The teacher's velocity_BNC of parts of this batch, by their first picture, as far as they are
+    known; None where nobody will ask for them again."""
 
 
 class Examples(Protocol):
@@ -238,10 +246,11 @@ def backward(
     if phase.loss == "span":
         return _span_backward(student, teacher, example.inputs, phase, mean, parts)
     total = example.clean_BNC.new_zeros((), dtype=torch.float32)
+    velocity = phase.loss == "velocity"
     for rows in parts:
         inputs = example.inputs.rows(rows)
         # The teacher first: its pass then takes no memory beside the student's graph.
-        aim_BNC = teacher(inputs) if phase.loss == "velocity" else None
+        aim_BNC = _answer(teacher, inputs, example.answers, rows) if velocity else None
         velocity_BNC = cast("Tensor", student(inputs))
         if aim_BNC is not None:
             loss = velocity_loss(velocity_BNC, aim_BNC)
@@ -253,6 +262,18 @@ def backward(
         loss.backward()
         total += loss.detach()
     return total
+
+
+def _answer(
+    teacher: Observed, inputs: Inputs, known: dict[int, Tensor] | None, rows: slice
+) -> Tensor:
+    """The teacher's velocity_BNC; every rank knows the same parts, since all have taken the same
+    steps."""
+    if known is None:
+        return cast("Tensor", teacher(inputs))
+    if rows.start not in known:
+        known[rows.start] = cast("Tensor", teacher(inputs))
+    return known[rows.start]
 
 
 def _parts(example: Example, micro_batch: int | None) -> list[slice]:
@@ -293,15 +314,30 @@ def examples_of(
     """
 
     def examples(phase: int, settings: Phase, start: int) -> Iterator[Example]:
-        phase_seed = seed * 1009 + phase
-        for batch in latents.batches(phase_seed, settings.batch_size, rank, world, start):
+        phase_seed, size = seed * 1009 + phase, settings.batch_size
+        numbers = batch_numbers(settings.reuse, start)
+        known: dict[int, dict[int, Tensor]] = {}
+        for batch in latents.batches(phase_seed, size, rank, world, numbers):
+            answers = None
+            if settings.reuse > 1:
+                group = batch.step // _GROUP
+                known = {number: a for number, a in known.items() if number // _GROUP == group}
+                answers = known.setdefault(batch.step, {})
             batch = batch.to(device, dtype)
             inputs, noise_BNC = training_inputs(batch, phase_seed, settings.timestep_shift)
-            counts = [last - first for first, last in shares(settings.batch_size, world)]
-            weight = len(batch) * world / settings.batch_size
-            yield Example(inputs, batch.clean_BNC, noise_BNC, min(counts), max(counts), weight)
+            counts = [last - first for first, last in shares(size, world)]
+            least, most, weight = min(counts), max(counts), len(batch) * world / size
+            yield Example(inputs, batch.clean_BNC, noise_BNC, least, most, weight, answers)
 
     return examples
+
+
+def batch_numbers(reuse: int, start: int) -> Iterator[int]:
+    """Which batch each step learns from, from step `start` on: every group of batches `reuse`
+    times, and then the next."""
+    for step in itertools.count(start):
+        group, place = divmod(step, _GROUP * reuse)
+        yield group * _GROUP + place % _GROUP
 
 
 def held_tensors(student: Distilled, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:

@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import PeakMemory
 from tests.trainers.students.tiny import FLUX, QWEN_IMAGE, Tiny
 from trainers.distilled import Distilled, Observed
-from trainers.estimate import Pictures, Run, activations, block_flops, estimate, held_memory
+from trainers.estimate import (
+    Pictures,
+    Run,
+    activations,
+    block_flops,
+    estimate,
+    held_memory,
+    step_flops,
+)
 from trainers.optimizer import make_optimizer
 from trainers.recovery import Example, backward, set_trainable
 from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
@@ -153,6 +161,13 @@ def test_work_is_what_torch_counts(tiny: Tiny, text: str, ffn: float | str) -> N
             tiny.family.run_block(blocks[1], state, context)
     expected = 2 * block_flops(tiny.family, tiny.config, block, pictures)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_reused_answers_save_passes_of_the_teacher() -> None:
+    run = run_of(QWEN_IMAGE, identity_plan(QWEN_IMAGE.name, 6), PLAIN, Pictures(16, 4))
+    once, twice = VELOCITY, VELOCITY.model_copy(update={"reuse": 2})
+    # Of a student like its teacher a step is one pass of the teacher, three of its own.
+    assert step_flops(run, twice) == pytest.approx(step_flops(run, once) * 3.5 / 4)
 
 
 def test_more_gpus_take_less_each_and_less_time() -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from trainers.recovery import (
     RecoveryError,
     Start,
     backward,
+    batch_numbers,
     examples_of,
     held_tensors,
     recover,
@@ -50,6 +52,9 @@ SCHEDULE = Schedule(
         Phase(loss="velocity", train="all", steps=5, lr=1e-3, batch_size=4, warmup=1),
         Phase(loss="diffusion", train="all", steps=3, lr=1e-4, batch_size=2, warmup=0),
     )
+)
+REUSING = Schedule(
+    phases=(Phase(loss="velocity", train="all", steps=30, lr=1e-3, batch_size=4, reuse=2),)
 )
 START = Position()
 # fmt: off
@@ -104,6 +109,9 @@ class Run:
     kept: dict[str, Tensor] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     step: StepConfig = PLAIN
+    schedule: Schedule = SCHEDULE
+    asked: list[int] = field(default_factory=list)
+    """Steps at which the teacher was."""
 
     def __post_init__(self) -> None:
         self.student = Distilled(FAMILY, assemble(self.teacher, PLAN), PLAN, self.step)
@@ -111,11 +119,14 @@ class Run:
     def go(self, at: Position = START, tensors: dict[str, Tensor] | None = None) -> Run:
         if tensors is not None:
             restore_weights(self.student, tensors)
+        first = at.done(self.schedule)
+        teacher = Observed(FAMILY, self.teacher)
+        teacher.register_forward_pre_hook(lambda *_: self.asked.append(first + len(self.losses)))
         recover(
             self.student,
-            Observed(FAMILY, self.teacher),
+            teacher,
             examples_of(self.latents, seed=3),
-            SCHEDULE,
+            self.schedule,
             at,
             optimizer_tensors=tensors,
             save=self._save,
@@ -161,6 +172,39 @@ def test_an_interrupted_run_continues_to_the_last_bit(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+@pytest.mark.parametrize(("reuse", "start"), [(1, 0), (1, 11), (2, 0), (2, 13), (3, 21)])
+def test_every_group_of_batches_is_used_so_many_times(reuse: int, start: int) -> None:
+    numbers = list(islice(batch_numbers(reuse, 0), 96))
+    assert sorted(numbers) == sorted(list(range(96 // reuse)) * reuse)
+    for at in range(0, 96, 8):  # eight steps see eight batches, in order
+        assert numbers[at : at + 8] == list(range(numbers[at], numbers[at] + 8))
+    assert list(islice(batch_numbers(reuse, start), 96 - start)) == numbers[start:]
+
+
+def test_the_teacher_answers_once_for_each_batch(teacher: nn.Module, latents: Latents) -> None:
+    run = Run(teacher, latents, schedule=REUSING).go()
+    assert run.asked == [*range(8), *range(16, 24)]
+    parts = Run(teacher, latents, schedule=REUSING, step=StepConfig(micro_batch=2)).go()
+    assert parts.asked == [step for step in run.asked for _ in range(2)]
+    assert parts.losses == pytest.approx(run.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("cut", [5, 11, 16])
+def test_a_run_that_reuses_answers_continues_to_the_last_bit(
+    teacher: nn.Module, latents: Latents, cut: int
+) -> None:
+    at = Position(0, cut)
+    whole = Run(teacher, latents, keep=at, schedule=REUSING).go()
+    rest = Run(teacher, latents, schedule=REUSING).go(at, whole.kept)
+    assert rest.losses == whole.losses[cut:]
+    assert all(torch.equal(tensor, rest.weights[name]) for name, tensor in whole.weights.items())
+
+
+def test_only_answers_can_be_reused() -> None:
+    with pytest.raises(ValueError, match="`diffusion` has no answers to use again; set reuse: 1"):
+        Phase(loss="diffusion", steps=1, lr=1e-3, reuse=2)
 
 
 def test_checkpointing_changes_nothing(teacher: nn.Module, latents: Latents) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -188,9 +188,10 @@ class Latents:
         batch_size: int,
         rank: int = 0,
         world: int = 1,
-        start_step: int = 0,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[LatentBatch]:
-        """Training batches for ever, from step `start_step` on.
+        """Training batches of these numbers, which are the steps they are for; None is for all from
+        0 on, without end.
 
         Epochs are shuffled apart and follow one another without a seam. `batch_size` is the whole
         step's; rank `rank` of `world` gets its slice, of which none is larger than another by more
@@ -203,8 +204,7 @@ class Latents:
             )
         first, last = shares(batch_size, world)[rank]
         orders: dict[int, list[int]] = {}
-        step = start_step
-        while True:
+        for step in itertools.count() if numbers is None else numbers:
             places = range(step * batch_size + first, step * batch_size + last)
             count = len(self.training)
             epochs = {place // count for place in places}
@@ -214,7 +214,6 @@ class Latents:
             }
             indices = [orders[place // count][place % count] for place in places]
             yield self.batch(indices, step, first, batch_size)
-            step += 1
 
     def _order(self, seed: int, epoch: int) -> list[int]:
         places = torch.randperm(len(self.training), generator=generator_at(seed, epoch, "order"))

@@ -7,6 +7,7 @@ is the same whichever others are trained beside it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Collection, Sequence
@@ -93,7 +94,7 @@ def train_replacements(
     begin = min(len(history.losses) for history in histories.values())
     progress.update(begin, config.steps)
 
-    batches = latents.batches(seed, config.batch_size, start_step=begin)
+    batches = latents.batches(seed, config.batch_size, numbers=itertools.count(begin))
     for step, batch in enumerate(islice(batches, config.steps - begin), begin):
         active = [b for b in blocks if b not in failed and len(histories[b].losses) == step]
         if len(failed) == len(blocks):

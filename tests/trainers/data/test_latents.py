@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def same(a: LatentBatch, b: LatentBatch) -> bool:
 def test_a_batch_depends_on_seed_and_step_alone(start: int, batch_size: int, seed: int):
     latents = small_latents()
     straight = next(islice(latents.batches(seed, batch_size), start, None))
-    resumed = next(latents.batches(seed, batch_size, start_step=start))
+    resumed = next(latents.batches(seed, batch_size, numbers=count(start)))
     assert straight.step == resumed.step == start
     assert same(straight, resumed)
     (inputs, noise), (inputs_again, noise_again) = (
@@ -43,9 +43,9 @@ def test_another_seed_or_step_gives_other_pictures_times_and_noise():
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_the_step_of_one_process(world):
     latents = small_latents()
-    whole = next(latents.batches(3, 8, start_step=5))
+    whole = next(latents.batches(3, 8, numbers=[5]))
     inputs, noise = training_inputs(whole, 3)
-    shares = [next(latents.batches(3, 8, rank, world, start_step=5)) for rank in range(world)]
+    shares = [next(latents.batches(3, 8, rank, world, numbers=[5])) for rank in range(world)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert torch.equal(torch.cat([s.clean_BNC for s in shares]), whole.clean_BNC)
     shared = [training_inputs(s, 3) for s in shares]
