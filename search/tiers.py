@@ -118,16 +118,13 @@ class Lane:
     """The schedules of one finalist, each proposed by Optuna from how those before it did in the
     first tier."""
 
-    def __init__(
-        self, finalist: Finalist, space: ScheduleSpace, rules: Rules, seed: int, last: bool
-    ) -> None:
-        """`last`: whether the first tier is also the last."""
+    def __init__(self, finalist: Finalist, space: ScheduleSpace, rules: Rules, seed: int) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.finalist, self.count = finalist, rules.schedules
         self._sampler = rules.sampler
-        self._space, self._seed, self._last = space, seed, last
+        self._space, self._seed = space, seed
         self._study = optuna.create_study(direction="minimize")
         self._study.enqueue_trial(space.middle())
         self._asked: optuna.Trial | None = None
@@ -171,12 +168,10 @@ class Lane:
         assert self._asked is not None
         if outcome.fidelity_loss is None:
             self._study.tell(self._asked, state=TrialState.FAIL)
-        elif self._last:
-            self._study.tell(self._asked, outcome.fidelity_loss)
         else:
-            # Whatever becomes of it later, what the sampler is told was measured on the way.
-            self._asked.report(outcome.fidelity_loss, outcome.steps)
-            self._study.tell(self._asked, state=TrialState.PRUNED)
+            # All schedules are held against each other where all were measured, after the first
+            # tier; of trials that are told as pruned most samplers learn nothing.
+            self._study.tell(self._asked, outcome.fidelity_loss)
         self._asked = None
 
 
@@ -199,7 +194,7 @@ class Race:
         halts = rules.promoted(self._count) < self._count
         self.tiers: tuple[int, ...] = tuple(range(0 if halts else rules.tiers - 1, rules.tiers))
         """Numbers of the tiers that are run, of those there are."""
-        self._lanes = [Lane(f, space, rules, seed, len(self.tiers) == 1) for f in finalists]
+        self._lanes = [Lane(f, space, rules, seed) for f in finalists]
         self._taken: set[Run] = set()
 
     @property

@@ -176,8 +176,25 @@ def test_every_sampler_goes_on_after_what_was_stopped_failed_and_ended(sampler: 
         cut.run(cut.race(), most=5)
         assert schedules(cut.run(cut.race())) == schedules(wanted)
         told = [trial.state for trial in wanted._lanes[0]._study.trials]
-        halted = TrialState.PRUNED if rules.tiers == 2 else TrialState.COMPLETE
-        assert told == [TrialState.FAIL if n == 3 else halted for n in range(8)]
+        assert told == [TrialState.FAIL if n == 3 else TrialState.COMPLETE for n in range(8)]
+
+
+@pytest.mark.parametrize("sampler", [sampler for sampler in SAMPLERS if sampler != "random"])
+def test_samplers_learn_from_what_was_stopped(sampler: Sampler) -> None:
+    """Whether short or long phases lose less decides where a sampler looks."""
+
+    def lengths(sign: int) -> list[int]:
+        def losses(_: int, number: int, tier: int) -> float:
+            steps = race.candidates[number].schedule.phases[0].steps
+            return 1 + sign * steps / 100
+
+        bench = Bench(losses, Rules(1, 24, 2, 0.1, -1, sampler))
+        race = bench.race()
+        bench.run(race)
+        return [schedule.phases[0].steps for schedule in schedules(race)]
+
+    short, long = lengths(1), lengths(-1)
+    assert sum(short[12:]) < sum(long[12:])
 
 
 @settings(deadline=None, max_examples=30)
