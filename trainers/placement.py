@@ -34,12 +34,15 @@ def share_of(workers: int, accelerator: Accelerator) -> Share:
     """An equal share for each of `workers` processes of the running cluster.
 
     Half of what a worker will use is asked of Ray, so that tasks that only read or watch always
-    find room beside it. Several workers may share a GPU. Raises PlacementError without one.
+    find room beside it. No share is larger than a machine. Several workers may share a GPU. Raises
+    PlacementError without one.
     """
     import ray
 
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = int(max(machine.get("CPU", 0.0) for machine in machines))
     if accelerator == "gpu" and gpus == 0:
         raise PlacementError(
             "accelerator: gpu, but no machine of the Ray cluster offers a GPU; add one or set "
@@ -48,6 +51,6 @@ def share_of(workers: int, accelerator: Accelerator) -> Share:
     return Share(
         num_cpus=round(min(1.0, cpus / workers) / 2, 3),
         num_gpus=round(min(1.0, gpus / workers), 3) if accelerator == "gpu" else 0,
-        threads=max(1, int(cpus) // workers),
+        threads=max(1, min(int(cpus) // workers, largest)),
         device="cuda" if accelerator == "gpu" else "cpu",
     )

@@ -1,0 +1,28 @@
+"""What a worker may ask of a cluster."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+from trainers.placement import PlacementError, Share, share_of
+
+
+@pytest.fixture
+def three_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines of 16 and 12 processors are there, and a third has gone."""
+    machines = [{"Alive": n < 2, "Resources": {"CPU": (16.0, 12.0, 64.0)[n]}} for n in range(3)]
+    monkeypatch.setattr(ray, "nodes", lambda: machines)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 28.0})
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 16), (2, 14), (4, 7), (40, 1)])
+def test_no_share_is_larger_than_a_machine(
+    three_machines: None, workers: int, threads: int
+) -> None:
+    assert share_of(workers, "cpu") == Share(min(1.0, 28 / workers) / 2, 0, threads, "cpu")
+
+
+def test_a_cluster_without_gpus_is_named(three_machines: None) -> None:
+    with pytest.raises(PlacementError, match="no machine of the Ray cluster offers a GPU"):
+        share_of(1, "gpu")
