@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ from search.proposals import Proposal, Proposals
 from search.score import Bench, Score, Scorer
 from storage.errors import EspalierError
 from trainers.students.plan import Plan
+
+_log = logging.getLogger(__name__)
 
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -57,7 +60,21 @@ def quiet_tune() -> Iterator[None]:
 RETRIES = 2
 """How often a plan whose process was lost is scored again, elsewhere."""
 
-LOST = f"its process was lost {RETRIES + 1} times, or hung for longer than search.timeout"
+PATIENCE = 4
+"""Plans in a row that may end without a score; one more, and it is hardly the plans' fault."""
+
+_LOST = f"its process was lost {RETRIES + 1} times, or hung for longer than search.timeout"
+
+
+def lost(timeout: float) -> str:
+    """What is said of a plan that no process lived to score."""
+    return f"{_LOST}, {timeout:g} s"
+
+
+def final(score: Score, timeout: float) -> bool:
+    """Whether a stored score stands; a plan that was lost under another timeout is tried again."""
+    why = score.failed or ""
+    return not why.startswith(_LOST) or why == lost(timeout)
 
 
 class StatelessSearcher(Searcher):
@@ -78,8 +95,10 @@ class PlanSearcher(StatelessSearcher):
     """Hands Tune the plans whose score is not known yet.
 
     `known` gives the stored score of a proposal, if any; `scored` hears of every score, known or
-    new, as it arrives. After an error, of a trial or an EspalierError of `scored`, no further plan
-    is handed out, and `error` says why. Several runs of Tune may follow one another.
+    new, as it arrives. A plan that ends without one fails alone, unless none had a score before or
+    `PATIENCE` plans in a row had none. After that, or an EspalierError of a trial or of `scored`,
+    no further plan is handed out, and `error` says why. Several runs of Tune may follow one
+    another.
     """
 
     def __init__(
@@ -87,14 +106,20 @@ class PlanSearcher(StatelessSearcher):
         proposals: Proposals,
         known: Callable[[Proposal], Score | None],
         scored: Callable[[Proposal, Score], None],
+        timeout: float,
     ) -> None:
+        """`timeout`: seconds after which a trial hangs."""
         super().__init__()
         self._proposals = proposals
         self._known = known
         self._scored = scored
         self._running: dict[str, Proposal] = {}
         self._waiting: Proposal | None = None
-        self._taken = 0
+        self._lost = lost(timeout)
+        self._whole = False
+        """Whether any plan had a score."""
+        self._in_a_row = 0
+        """Plans without one, since the last that had one."""
         self.error: str | None = None
 
     def stop(self, why: str) -> None:
@@ -128,20 +153,24 @@ class PlanSearcher(StatelessSearcher):
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
         proposal = self._running.pop(trial_id)
-        if result is not None and "broken" in result:
+        if error or result is None:
+            result = {"failed": self._lost}
+        if "broken" in result:
             self.stop(f"trial {proposal.number}: {result['broken']}")
-        elif error or result is None:
-            if self._taken:
-                self._take(proposal, Score(math.nan, 0.0, LOST))
-            else:  # not this plan's fault: nothing has been scored yet
-                self.stop(f"trial {proposal.number}: {LOST}")
+        elif "failed" in result:
+            self._in_a_row += 1
+            if self._whole and self._in_a_row <= PATIENCE:
+                self._take(proposal, Score(math.nan, 0.0, result["failed"]))
+            else:
+                self.stop(f"trial {proposal.number}: {result['failed']}")
         else:
             score = score_from_json(result["score"].encode())
             assert score is not None, result
+            self._in_a_row = 0
             self._take(proposal, score)
 
     def _take(self, proposal: Proposal, score: Score) -> None:
-        self._taken += 1
+        self._whole |= score.failed is None
         self._proposals.tell(proposal.number, score.fidelity_loss, score.costs)
         try:
             self._scored(proposal, score)
@@ -178,6 +207,10 @@ class ScoringActor(tune.Trainable):
         except EspalierError as error:
             # What the user can mend travels as a sentence; Tune would wrap it in its own trace.
             return {"broken": str(error), "done": True}
+        except Exception as error:  # such as a GPU's memory that one plan does not fit into
+            _log.exception("scoring %s", self._plan.digest)
+            said = str(error).strip().splitlines() or [""]
+            return {"failed": f"{type(error).__name__}: {said[0]}", "done": True}
         finally:
             faulthandler.cancel_dump_traceback_later()
         # As it is stored, because Tune takes apart what is nested.

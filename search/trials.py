@@ -199,9 +199,9 @@ def run_search(
     nodes come and go, up to `config.lag`. Scores found under `bench.scores` are not made again.
     `log` shows the trials to others. Needs a running Ray; raises SearchError with the cause when a
     plan could not be scored, or not logged. A score that is not a number fails its trial alone, and
-    so does a plan whose process is lost again and again.
+    so does a plan that ends its process again and again.
     """
-    from search.study import PlanSearcher, score_from_json, score_json
+    from search.study import PlanSearcher, final, score_from_json, score_json
 
     progress = progress or silent()
     proposals = Proposals(
@@ -219,15 +219,24 @@ def run_search(
     stored = dict(_stored(store, bench.scores))
     trials: dict[int, Trial] = {}
     losses: dict[str, float] = {}
+    without: list[tuple[str, Score]] = []
 
     def known(proposal: Proposal) -> Score | None:
         content = stored.get(bench.key(proposal.plan))
-        return None if content is None else score_from_json(content)
+        score = None if content is None else score_from_json(content)
+        return score if score is not None and final(score, config.timeout) else None
 
     def take(proposal: Proposal, score: Score) -> None:
-        if score.failed is not None and bench.key(proposal.plan) not in stored:
-            # No process lived to write it; a search that is resumed shall not try again.
-            store.write(bench.key(proposal.plan), score_json(score))
+        key = bench.key(proposal.plan)
+        if score.failed is not None:
+            # No process wrote it. A search that is resumed shall not try again, unless nothing came
+            # after it: then the fault may have been another's.
+            if stored.get(key) != score_json(score):
+                without.append((key, score))
+        else:
+            while without:
+                failed, said = without.pop()
+                store.write(failed, score_json(said))
         trial = _trial(space, by_label[proposal.budget], proposal, score)
         trials[trial.number] = trial
         if trial.fidelity_loss is not None:
@@ -237,7 +246,7 @@ def run_search(
         if log is not None:
             log.add([trial])
 
-    searcher = PlanSearcher(proposals, known, take)
+    searcher = PlanSearcher(proposals, known, take, config.timeout)
     cause = ""
     while searcher.advance():
         cause = _tune(searcher, bench, config, cpus, gpus)

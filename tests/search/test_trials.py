@@ -253,6 +253,43 @@ def test_a_missing_replacement_ends_the_search_with_its_name(
 
 
 @dataclass(frozen=True)
+class Raising(Bench):
+    """Ends over one plan, as when a device has no memory left for it."""
+
+    victim: str = ""
+    """Its digest."""
+
+    def open(self) -> Scorer:
+        scorer = super().open()
+        score = scorer.score
+
+        def full(plan: Plan) -> Score:
+            if plan.digest == self.victim:
+                raise RuntimeError("out of memory\nsomewhere")
+            return score(plan)
+
+        scorer.score = full  # type: ignore[method-assign]
+        return scorer
+
+
+def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
+    ray: None,
+    trials: list[Trial],
+    space: Space,
+    targets: list[Target],
+    bench: Bench,
+    store: Store,
+) -> None:
+    known = {f.name: getattr(bench, f.name) for f in fields(bench)} | {"scores": "raising"}
+    raising = Raising(**known, victim=trials[2].plan.digest)
+    config = CONFIG.model_copy(update={"trials": 5})
+    found = run_search(space, targets, raising, config, store, "sweeps/raising/search")
+    assert [trial.failed for trial in found] == [
+        None, None, "RuntimeError: out of memory", None, None,
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Hanging(Bench):
     """Hangs over one plan."""
 
