@@ -112,7 +112,7 @@ def main() -> None:
                 cpus=float(share.threads),
                 gpus=share.num_gpus,
                 seed=sweep.config.seed,
-                log=StudyLog(journal_file(folder, sweep.name), sweep.name, "", ""),
+                log=StudyLog(journal_file(folder, sweep.name), sweep.name, "", "", ""),
                 progress=clock,
             )
         finally:

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-ATTEMPTS = 5
-"""How often a database is tried that does not answer."""
-FIRST_WAIT_SECONDS = 0.5
-"""Before the second attempt; doubled before each later one."""
+ATTEMPTS = 12
+"""How often a database is tried that does not answer: for two minutes, in which another takes the
+place of one that fell over."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
+"""Before the second attempt, doubled before each later one; and the most."""
 
 DETAILS = ("params", "distributions", "user_attrs")
 """Of a trial in a journal: what dashboards show and a search has no use for."""
@@ -71,16 +72,18 @@ class StudyLog:
         name: str,
         teacher: str,
         search: str,
+        store: str,
         objectives: Sequence[Scored] = DEFAULT,
     ) -> None:
         """Opens or makes the study at `url`, a journal's path or a database's URL.
 
-        `teacher` and `search` are digests. StudyError when the study belongs to another teacher;
-        the trials of another search of the same sweep give way to this one's.
+        `teacher` and `search` are digests, `store` is the URL of the sweep's storage. StudyError
+        when the study belongs to another teacher or to a sweep elsewhere; the trials of another
+        search of the same sweep give way to this one's.
         """
         self.url, self._name = url, name
         self._objectives = tuple(objectives)
-        self._study: optuna.Study = self._tried(partial(self._open, teacher, search))
+        self._study: optuna.Study = self._tried(partial(self._open, teacher, search, store))
         self._next = len(self._study.get_trials(False))
         self._early: dict[int, Trial] = {}
 
@@ -92,19 +95,22 @@ class StudyLog:
         """
         self._early |= {trial.number: trial for trial in trials if trial.number >= self._next}
         while self._next in self._early:
-            self._tried(
-                partial(self._study.add_trial, _frozen(self._early[self._next], self._objectives))
-            )
+            self._tried(partial(self._put, _frozen(self._early[self._next], self._objectives)))
             del self._early[self._next]
             self._next += 1
 
-    def _open(self, teacher: str, search: str) -> optuna.Study:
+    def _put(self, trial: optuna.trial.FrozenTrial, again: bool) -> None:
+        # A database that went away may have taken it, and not have said so.
+        if not again or len(self._study.get_trials(False)) == self._next:
+            self._study.add_trial(trial)
+
+    def _open(self, teacher: str, search: str, store: str, again: bool) -> optuna.Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names
         storage = _storage(self.url)
-        owner = {"teacher": teacher, "search": search}
+        owner = {"teacher": teacher, "search": search, "storage": store}
         names = optuna.get_all_study_names(storage)
         if self._name in names:
             study = optuna.load_study(study_name=self._name, storage=storage)
@@ -113,6 +119,12 @@ class StudyLog:
                 raise StudyError(
                     f"{self.url}: its study {self._name} belongs to another teacher ({other}); "
                     f"this one is {teacher}: give the sweep another name or another search.study"
+                )
+            home = study.user_attrs.get("storage", store)
+            if home != store:
+                raise StudyError(
+                    f"{self.url}: its study {self._name} belongs to a sweep in {home}; give this "
+                    "one another name or another search.study"
                 )
             if study.user_attrs.get("search") == search:
                 return study
@@ -127,14 +139,15 @@ class StudyLog:
             study.set_user_attr(key, value)
         return study
 
-    def _tried(self, work: Callable[[], Result]) -> Result:
-        """Calls `work`, again after a while when the database does not answer."""
+    def _tried(self, work: Callable[[bool], Result]) -> Result:
+        """Calls `work`, again after a while when the database does not answer; it is told whether
+        it is called again."""
         from sqlalchemy.exc import DBAPIError
 
         failures = 0
         while True:
             try:
-                return work()
+                return work(failures > 0)
             except (DBAPIError, OSError, _storage_error()) as error:
                 failures += 1
                 if failures == ATTEMPTS:
@@ -143,7 +156,7 @@ class StudyLog:
                         f"({_first_line(error)}); what is scored is kept: run the same command "
                         "again when it does"
                     ) from error
-                sleep(FIRST_WAIT_SECONDS * 2 ** (failures - 1))
+                sleep(min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS))
 
 
 def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTrial:
@@ -195,7 +208,17 @@ def _storage(url: str) -> Any:
                 "for Python, such as psycopg[binary] for PostgreSQL"
             ) from error
     Path(url).parent.mkdir(parents=True, exist_ok=True)
+    _end_with_a_line(Path(url))
     return JournalStorage(_journal(url))
+
+
+def _end_with_a_line(journal: Path) -> None:
+    """Cuts off half a line, which a writer that was killed has left and to which Optuna would add
+    the next; what stood there is written anew."""
+    with journal.open("ab+") as stream:
+        stream.seek(0)
+        content = stream.read()
+        stream.truncate(content.rfind(b"\n") + 1)
 
 
 def _journal(path: str) -> Any:

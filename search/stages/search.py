@@ -65,6 +65,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         sweep.name,
         sweep.teacher.digest,
         sweep.search_digest,
+        sweep.store.url,
         scored(config.search.objectives),
     )
     trials = run_search(

@@ -69,8 +69,10 @@ def read(url: str, name: str = "one") -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-def opened(url: str, name: str = "one", teacher: str = "t", made_by: str = "s") -> StudyLog:
-    return StudyLog(url, name, teacher, made_by)
+def opened(
+    url: str, name: str = "one", teacher: str = "t", made_by: str = "s", store: str = "runs"
+) -> StudyLog:
+    return StudyLog(url, name, teacher, made_by, store)
 
 
 def numbers(url: str, name: str = "one") -> list[int]:
@@ -142,6 +144,40 @@ def test_a_study_of_another_teacher_is_refused_and_left_alone(url: str) -> None:
     assert len(read(url).trials) == 1
 
 
+def test_a_study_of_a_sweep_elsewhere_is_refused_and_left_alone(url: str) -> None:
+    opened(url).add([trial(0)])
+    with pytest.raises(StudyError, match="study one belongs to a sweep in runs; give this one"):
+        opened(url, made_by="another", store="s3://bucket/team")
+    assert len(read(url).trials) == 1
+
+
+def test_a_trial_that_a_database_took_before_it_fell_silent_is_not_added_twice(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = opened(url)
+    add = log._study.add_trial
+
+    def silent(trial: optuna.trial.FrozenTrial) -> None:
+        add(trial)
+        monkeypatch.undo()
+        monkeypatch.setattr(search.studies, "sleep", lambda seconds: None)
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(log._study, "add_trial", silent)
+    log.add([trial(0), trial(1)])
+    assert numbers(url) == [0, 1]
+
+
+@pytest.mark.parametrize("lost", [1, 15, 200])
+def test_a_journal_whose_writer_was_killed_goes_on(tmp_path: Path, lost: int) -> None:
+    url = journal_file(str(tmp_path), "one")
+    opened(url).add([trial(0), trial(1)])
+    whole = Path(url).read_bytes()
+    Path(url).write_bytes(whole[:-lost])
+    opened(url).add([trial(0), trial(1), trial(2)])
+    assert numbers(url) == [0, 1, 2]
+
+
 def test_sweeps_share_a_storage(url: str) -> None:
     opened(url).add([trial(0)])
     opened(url, name="two", teacher="other").add([trial(0), trial(1)])
@@ -191,7 +227,7 @@ def test_an_object_stores_study_lies_in_the_cache(
 
 
 def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str) -> None:
-    log = StudyLog(url, "one", "t", "s", ("latency", "fidelity_loss"))
+    log = StudyLog(url, "one", "t", "s", "runs", ("latency", "fidelity_loss"))
     timed: dict[str, Any] = {"costs": {"latency": 700}, "measured": {"latency": 900}, "over": 0.125}
     log.add([replace(trial(0), **timed), replace(trial(1), **{**timed, "over": -0.5})])
     study = read(url)
@@ -205,4 +241,4 @@ def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str)
 @pytest.mark.parametrize("url", ["nosuch://host/name", "mysql+nosuch://host/name"])
 def test_a_database_without_a_driver_is_named(url: str) -> None:
     with pytest.raises(StudyError, match=r"search.study: .* install the database's driver"):
-        StudyLog(url, "one", "teacher", "search")
+        StudyLog(url, "one", "teacher", "search", "runs")
