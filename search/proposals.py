@@ -266,7 +266,9 @@ class Proposals:
                     holds, optuna.distributions.FloatDistribution(0.0, 1.0)
                 ),
                 values=[
-                    loss if o == "fidelity_loss" else self._space.within(o).cost(proposal.plan)
+                    loss
+                    if o == "fidelity_loss"
+                    else measured.get(o, self._space.within(o).cost(proposal.plan))
                     for o in self._objectives
                 ],
                 constraints=None if cost is None else {target.currency: target.over(cost)},

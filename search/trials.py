@@ -87,10 +87,10 @@ class SearchConfig(Section):
 
     objectives: Annotated[tuple[Objective, ...] | None, AfterValidator(checked)] = None
     """What is sought: the report's Pareto set, and what the sampler learns from. `fidelity_loss`,
-    `parameters`, `memory` and `latency` are known of every scored plan, the latter two as predicted
-    from what is measured of its blocks (see measure). `judge_score` is known of recovered finalists
-    alone, needs judge.task, and decides among them when it is named before `fidelity_loss`. null:
-    fidelity loss and parameters, and a judge that decides where there is one."""
+    `parameters`, `memory` and `latency` are known of every scored plan, the latter two as measured
+    of the assembled model (see measure). `judge_score` is known of recovered finalists alone, needs
+    judge.task, and decides among them when it is named before `fidelity_loss`. null: fidelity loss
+    and parameters, and a judge that decides where there is one."""
 
     sampler: Sampler = "tpe"
     """Which of Optuna's samplers proposes once the starting points are scored: `tpe`, `nsga2`,
@@ -152,10 +152,12 @@ class Trial:
         return self.parameters if currency == "parameters" else self.costs[currency]
 
     def values(self, objectives: Sequence[Scored]) -> tuple[float, ...]:
-        """What is minimised; a trial without a fidelity loss has none."""
+        """What is minimised, as measured where it was; a trial without a fidelity loss has none."""
         assert self.fidelity_loss is not None, self.number
         loss = self.fidelity_loss
-        return tuple(loss if o == "fidelity_loss" else self.cost(o) for o in objectives)
+        return tuple(
+            loss if o == "fidelity_loss" else self.measured.get(o, self.cost(o)) for o in objectives
+        )
 
     def fits(self, target: Target) -> bool:
         """Whether it is within a budget, as predicted and where it was measured as measured."""

@@ -76,10 +76,10 @@ class TrialFacts:
     damage: float | None = None
     """Summed damage of its blocks, each alone in the teacher."""
     costs: Mapping[Currency, int] = field(default_factory=dict)
-    """Memory and latency as predicted from its blocks, where either was sought."""
+    """Memory and latency, where either was sought: as measured, or else as its blocks predict."""
 
     def amount(self, currency: Currency) -> int | None:
-        """What it is predicted to cost in one currency, if that is known."""
+        """What it costs in one currency, if that is known."""
         return self.parameters if currency == "parameters" else self.costs.get(currency)
 
 

@@ -108,7 +108,7 @@ def _trial(trial: Trial) -> TrialFacts:
         state=trial.state,
         budget=trial.budget,
         damage=trial.damage,
-        costs=trial.costs,
+        costs={**trial.costs, **trial.measured},
     )
 
 

@@ -174,7 +174,7 @@ def _page(data: ReportData, drawn: Sequence[Drawn]) -> str:
         reading=READING,
         front=sorted(front, key=lambda trial: trial.parameters),
         sought=words.listed([objective.replace("_", " ") for objective in data.objectives]),
-        predicted=list(front[0].costs) if front else [],
+        costed=list(front[0].costs) if front else [],
         amount=words.amount,
         asked=data.asked,
         span=words.span,

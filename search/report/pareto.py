@@ -75,11 +75,7 @@ def _drawing(data: ReportData, cost: Currency) -> Drawing:
             )
             + "A star is a published student; its arrow is what recovery won after assembly from "
             "the library. Dotted lines are the budgets."
-            + (
-                ""
-                if cost == "parameters"
-                else " Plans stand where their blocks predict, students where they were measured."
-            )
+            + ("" if cost == "parameters" else " Plans stand where they were measured as models.")
         ),
         draw=lambda theme: _draw(data, cost, front, theme),
     )

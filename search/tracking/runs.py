@@ -92,6 +92,7 @@ def _trials(sweep: Sweep, record: StageRecord) -> list[Run]:
             started=record.started,
             seconds=trial.seconds,
             results={"parameters": trial.parameters, "summed damage": trial.damage}
+            | {str(c): float(cost) for c, cost in (trial.costs | trial.measured).items()}
             | _if_known(trial.fidelity_loss),
             choices={
                 "budget": trial.budget,

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from optuna.trial import TrialState
 
 import search.proposals
 from search.budget import Target
@@ -212,6 +213,21 @@ def test_a_measured_violation_reaches_the_sampler_and_the_plans_after_it(name: S
     assert told == [round(1.25 * cost) / 400 - 1 for cost in finite[: len(told)]]
     assert len(told) >= len(finite) - 1
     assert max(told) > 0 >= min(told)
+
+
+def test_samplers_learn_what_a_plan_was_measured_to_cost() -> None:
+    target = Target("400us", 400, "latency")
+    proposals = Proposals(
+        timed_space(), [target], trials=3, exact=2, lag=1, seed=0,
+        objectives=("latency", "fidelity_loss"),
+    )  # fmt: skip
+    for latency in (333, 222):
+        proposal = proposals.next()
+        assert proposal is not None
+        proposals.tell(proposal.number, 0.5, {"latency": latency})
+    proposals.next()
+    told = proposals.studies["400us"].get_trials(states=[TrialState.COMPLETE])
+    assert [trial.values for trial in told] == [[333, 0.5], [222, 0.5]]
 
 
 def timed_space() -> Space:

@@ -232,7 +232,7 @@ def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str)
     log.add([replace(trial(0), **timed), replace(trial(1), **{**timed, "over": -0.5})])
     study = read(url)
     assert study.metric_names == ["latency", "fidelity loss"]
-    assert [t.values for t in study.trials] == [[700, 0.25], [700, 0.25]]
+    assert [t.values for t in study.trials] == [[900, 0.25], [900, 0.25]]
     assert [t.constraints for t in study.trials] == [{"budget": 0.125}, {"budget": -0.5}]
     assert [t.user_attrs["over budget"] for t in study.trials] == [0.125, -0.5]
     assert [t.number for t in study.best_trials] == [1]
