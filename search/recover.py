@@ -48,8 +48,10 @@ class RecoverError(EspalierError):
 class RecoverConfig(Section):
     """How finalists are distilled."""
 
-    finalists: PositiveInt = 1
-    """Plans of each budget that are distilled, those of lowest fidelity loss."""
+    finalists: PositiveInt = 3
+    """Plans of each budget that are distilled, those of lowest fidelity loss. With one, that loss
+    alone decides, which is measured before recovery and says little of what recovery makes of a
+    plan (TinyFusion)."""
 
     schedules: PositiveInt = 2
     """Schedules that are tried for each finalist."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from search.ranks import rank_correlation
 from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, legend, plain_log
 from search.report.choices import importance_drawings, parallel_drawings
 from search.report.data import Matrix, PictureRow, ReportData
@@ -61,8 +62,8 @@ def _agreement(data: ReportData) -> Drawing:
         caption=(
             "What the exact solver goes by, the sum of what each replacement does alone in the "
             "teacher, against what the assembled student measures. Where points of one budget rise "
-            "together, the exact plans are the right ones to start from; where they do not, the "
-            "search has something to find."
+            "together (rank correlation near 1), the exact plans are the right ones to start from; "
+            "where they do not, the search has something to find."
         ),
         draw=lambda theme: _draw_agreement(data, theme),
     )
@@ -75,8 +76,10 @@ def _draw_agreement(data: ReportData, theme: Theme) -> Figure:
         points = _predicted(data, budget.label)
         if points:
             damages, losses = zip(*points, strict=True)
+            rho = rank_correlation(damages, losses)
+            alike = "" if rho is None else f": rank correlation {rho:.2f}"
             ax.scatter(
-                damages, losses, s=30, zorder=3, label=f"for {budget.asked}",
+                damages, losses, s=30, zorder=3, label=f"for {budget.asked}{alike}",
                 facecolor=theme.series[i % len(theme.series)], edgecolor=theme.surface,
                 linewidth=0.7,
             )  # fmt: skip

@@ -89,6 +89,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     failed = sum(trial.state == "failed" for trial in trials)
     said = f"{len(trials)} plans scored" + (f", {failed} failed" if failed else "")
     ranks: dict[str, JsonValue] = {}
+    later: dict[str, JsonValue] = {}
     each: list[str] = []
     for label in (target.label for target in sweep.targets):
         mine = [trial for trial in trials if trial.budget == label]
@@ -97,6 +98,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             ranks[label] = round(found, 2)
             each.append(f"{label} {found:.2f}")
             if corrected is not None:
+                later[label] = [round(rho, 2) for rho in corrected]
                 each[-1] += f" (later ones {corrected[0]:.2f}, corrected {corrected[1]:.2f})"
     if ranks:
         said += f"; summed damage ranks them as measured (Spearman): {', '.join(each)}"
@@ -107,6 +109,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             "trials": len(trials),
             "failed": failed,
             "agreement": ranks,
+            "corrected": later,
             "predicted": held,
             "study": study,
         },
