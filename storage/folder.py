@@ -19,8 +19,8 @@ from storage.store import Stored, Unfinished, check_key
 if TYPE_CHECKING:
     from storage.store import Store
 
-# Bodies on their way in; on the root's own file system, so that a rename is enough.
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
+"""Bodies on their way in; on the root's own file system, so that a rename is enough."""
 # What a killed writer left there is removed by a later opening; no write takes this long.
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -37,7 +37,7 @@ def open_folder(path: str) -> FolderStore:
         raise StoreError(f"{root}: {existing} is a file; give a folder to store in")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise StoreError(f"{root}: {existing} cannot be read and written by this user")
-    _remove_abandoned(root / _PARTIAL)
+    _remove_abandoned(root / PARTIAL)
     return FolderStore(root)
 
 
@@ -67,7 +67,7 @@ class FolderStore:
 
     def write(self, key: str, body: BinaryIO | bytes) -> None:
         target = self._path(key)
-        partial = self._root / _PARTIAL / uuid.uuid4().hex
+        partial = self._root / PARTIAL / uuid.uuid4().hex
         source = io.BytesIO(body) if isinstance(body, bytes) else body
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -111,22 +111,22 @@ class FolderStore:
         return iter(sorted(found))
 
     def unfinished(self, prefix: str) -> Iterator[Unfinished]:
-        folder = self._root / _PARTIAL
+        folder = self._root / PARTIAL
         if prefix or not folder.is_dir():
             return  # which key a file is for is known to its writer alone
         now = self._now()
         for path in sorted(folder.iterdir()):
             with suppress(FileNotFoundError):  # it ended meanwhile
-                yield Unfinished(f"{_PARTIAL}/{path.name}", path.name, now - path.stat().st_mtime)
+                yield Unfinished(f"{PARTIAL}/{path.name}", path.name, now - path.stat().st_mtime)
 
     def discard(self, write: Unfinished) -> None:
-        (self._root / _PARTIAL / write.id).unlink(missing_ok=True)
+        (self._root / PARTIAL / write.id).unlink(missing_ok=True)
 
     def _walk(self, prefix: str) -> Iterator[Path]:
         start = self._path(prefix) if prefix else self._root
         for folder, folders, names in os.walk(start):
-            if Path(folder) == self._root and _PARTIAL in folders:
-                folders.remove(_PARTIAL)
+            if Path(folder) == self._root and PARTIAL in folders:
+                folders.remove(PARTIAL)
             yield from (Path(folder) / name for name in names)
 
     def _now(self) -> float:
@@ -135,8 +135,8 @@ class FolderStore:
             return os.fstat(probe.fileno()).st_mtime
 
     def _path(self, key: str) -> Path:
-        if check_key(key).split("/")[0] == _PARTIAL:
-            raise StoreError(f"{key!r}: {_PARTIAL} is where unfinished writes are kept")
+        if check_key(key).split("/")[0] == PARTIAL:
+            raise StoreError(f"{key!r}: {PARTIAL} is where unfinished writes are kept")
         return self._root / key
 
     def _refused(self, key: str, error: OSError) -> StoreError:

@@ -1,7 +1,8 @@
 """What lies in a store and nothing refers to: looked for here, removed only by `discard`.
 
 Ages are the store's own, so a wrong clock here takes nothing away. What other sweeps may use again
-(encodings, analyses, the library) is never garbage while it is whole.
+(encodings, analyses, the library) is never garbage while it is whole, and whatever lies outside
+`layout.ROOTS` is somebody else's: a bucket may hold the pictures too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt
 
 from storage import layout
 from storage.errors import DamagedError
+from storage.folder import PARTIAL
 from storage.manifest import MANIFEST, published, withdraw
 from storage.registry import entries
 from storage.section import Section
@@ -28,7 +30,7 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Small objects that are written one by one, without a manifest.
-_BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search)/")
+_BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search|confirmed)/")
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/[^/]+/[^/]+)/checkpoints/step-\d+$")
 _TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/step-\d+$")
 _MODEL = re.compile(r"models/[^/]+/[^/]+$")
@@ -56,7 +58,7 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
 
     The age is what keeps apart a write that is under way and one that was cut off.
     """
-    bodies = {body.key: body for body in store.listing("")}
+    bodies = {body.key: body for root in layout.ROOTS for body in store.listing(root)}
     published_at = _manifests(store, bodies)
     found = [*_unfinished_uploads(store)]
     held = {f"{prefix}/{name}" for prefix, names in published_at.items() for name in names}
@@ -109,6 +111,8 @@ def _manifests(store: Store, bodies: Mapping[str, Stored]) -> dict[str, frozense
 
 def _unfinished_uploads(store: Store) -> Iterator[Garbage]:
     for write in store.unfinished(""):
+        if write.key.partition("/")[0] not in (*layout.ROOTS, PARTIAL):
+            continue
         yield Garbage(
             kind="unfinished upload",
             prefix=write.key,

@@ -21,6 +21,12 @@ import re
 
 from storage.errors import StoreError
 
+ROOTS = (
+    "encoded", "costs", "analysis", "probes", "library", "sweeps", "studies", "models", "best",
+    "registry",
+)  # fmt: skip
+"""The first part of every prefix; whatever else lies in a store is somebody else's."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

@@ -29,7 +29,8 @@ def gc(
 ) -> None:
     """List what was cut off or has been replaced, and nothing refers to.
 
-    Encodings, analyses and the library stay: a later sweep may use them.
+    Encodings, analyses and the library stay: a later sweep may use them. So does what others keep
+    in the storage, beside the folders that sweeps make.
 
     Examples:
 

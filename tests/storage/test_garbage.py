@@ -41,6 +41,7 @@ def fill(store):
     publish(store, layout.sweep("sweep"), {"config.json": b"{}"})
     store.write(f"{layout.stage('sweep', 'search')}/attempt.json", b"{}")
     store.write(f"{layout.search('sweep')}/scores/x.json", b"{}")
+    store.write(layout.confirmed("sweep", "d"), b"{}")
     checkpoint(store, "running")
     replacement_checkpoint(store, "running")
     publish(store, layout.model("10B", "best"), {"w": b"1"})
@@ -127,6 +128,20 @@ def test_an_open_upload_is_ended(s3_url):
     discard(store, garbage)
     assert list(store.unfinished("")) == []
     discard(store, garbage)
+
+
+def test_what_others_keep_beside_it_is_never_listed(store):
+    store.write("pictures/1.png", b"1")
+    store.write("pictures/manifest.json", b"of another tool")
+    store.write("notes.txt", b"1")
+    publish(store, "sweeps-of-another/d", {"a": b"1"})
+    assert listed(store) == []
+
+
+def test_an_upload_of_others_stays_open(s3_url):
+    store = open_store(s3_url)
+    store._call("create_multipart_upload", Key=f"{store._prefix}/pictures/1.tar")
+    assert listed(store) == []
 
 
 def test_what_a_killed_writer_left_in_a_folder_is_removed(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from storage import layout
@@ -24,3 +26,13 @@ def test_every_prefix_is_where_the_readme_says():
 def test_names_that_could_reach_another_prefix_are_refused(name):
     with pytest.raises(StoreError, match="not a name for storage"):
         layout.sweep(name)
+
+
+def test_every_prefix_lies_under_a_root_that_the_table_above_names():
+    made = [
+        layout.encoded("d"), layout.costs("d"), layout.analysis("d"), layout.probe("d"),
+        layout.replacement("t", "d"), layout.sweep("s"), layout.best("10B"),
+        layout.model("10B", "m"), layout.registry(), layout.registered("10B"),
+    ]  # fmt: skip
+    assert {prefix.split("/")[0] for prefix in made} | {"studies"} == set(layout.ROOTS)
+    assert set(re.findall(r"^    (\w+)/", layout.__doc__, re.MULTILINE)) == set(layout.ROOTS)
