@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,8 +36,11 @@ def open_folder(path: str) -> FolderStore:
         raise StoreError(f"{root}: {existing} is a file; give a folder to store in")
     if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
         raise StoreError(f"{root}: {existing} cannot be read and written by this user")
-    _remove_abandoned(root / PARTIAL)
-    return FolderStore(root)
+    store = FolderStore(root)
+    for write in store.unfinished(""):
+        if write.seconds > _ABANDONED_SECONDS:
+            store.discard(write)
+    return store
 
 
 class FolderStore:
@@ -154,16 +156,6 @@ def _move(partial: Path, target: Path) -> None:
             return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.replace(target)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        # Another opening may be removing the same ones.
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
 
 
 if TYPE_CHECKING:

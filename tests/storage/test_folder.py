@@ -101,6 +101,15 @@ open_store({str(tmp_path)!r}).write("key", Killed(bytes(4 << 20)))
     assert list((tmp_path / ".partial").iterdir()) == []
 
 
+def test_a_clock_that_is_ahead_takes_no_write_in_flight(tmp_path, monkeypatch):
+    (tmp_path / ".partial").mkdir()
+    (tmp_path / ".partial" / "abc").write_bytes(b"half")
+    ahead = time.time() + 3 * 24 * 3600
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    open_store(str(tmp_path))
+    assert [path.name for path in (tmp_path / ".partial").iterdir()] == ["abc"]
+
+
 def test_unfinished_writes_are_no_keys(tmp_path):
     store = open_store(str(tmp_path))
     with pytest.raises(StoreError, match="unfinished writes"):
