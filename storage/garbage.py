@@ -7,6 +7,7 @@ Ages are the store's own, so a wrong clock here takes nothing away. What other s
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,11 @@ from storage import layout
 from storage.errors import DamagedError
 from storage.folder import PARTIAL
 from storage.manifest import MANIFEST, published, withdraw
-from storage.registry import entries
+from storage.registry import look
 from storage.section import Section
 from storage.store import Store, Stored, Unfinished
+
+_log = logging.getLogger(__name__)
 
 Kind = Literal[
     "unfinished upload", "unfinished publication", "old checkpoint", "unregistered model"
@@ -33,7 +36,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search|confirmed)/")
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/[^/]+/[^/]+)/checkpoints/step-\d+$")
 _TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/step-\d+$")
-_MODEL = re.compile(r"models/[^/]+/[^/]+$")
+_MODEL = re.compile(r"models/([^/]+)/[^/]+$")
 _PARALLEL = 8
 
 
@@ -68,14 +71,19 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
         if key not in held and not _BY_THEMSELVES.match(key):
             stray[key.rpartition("/")[0]].append(body)
     found += [_garbage("unfinished publication", prefix, of) for prefix, of in stray.items()]
-    named = {entry.model for entry in entries(store)}
+    registered, damaged = look(store)
+    named = {entry.model for entry in registered}
+    # Budgets of which it cannot be told what all their entries name.
+    unsure = {key.split("/")[1] for key in damaged}
+    for error in damaged.values():
+        _log.warning("%s; until then every model of its budget stays", error)
     for prefix, names in published_at.items():
         mine = [bodies[key] for name in (*names, MANIFEST) if (key := f"{prefix}/{name}") in bodies]
         checkpoint, training = _CHECKPOINT.match(prefix), _TRAINING.match(prefix)
         ended = checkpoint is not None and _ended(checkpoint, published_at)
         if ended or (training is not None and training[1] in published_at):
             found.append(_garbage("old checkpoint", prefix, mine))
-        elif _MODEL.match(prefix) and prefix not in named:
+        elif (model := _MODEL.match(prefix)) and prefix not in named and model[1] not in unsure:
             found.append(_garbage("unregistered model", prefix, mine))
     old = [garbage for garbage in found if garbage.seconds >= older_than]
     return sorted(old, key=lambda garbage: (KINDS.index(garbage.kind), garbage.prefix))

@@ -4,10 +4,15 @@ Nothing is kept up to date in place, so any number of sweeps that publish at onc
 stores without conditional writes too. A model is written whole, under a name of its own, before its
 entry: whoever asks for the best gets a whole one, also while a better one is being published.
 best/BUDGET holds a copy, which may for moments be behind.
+
+The name of an entry's object carries a digest of it. One that is not what was added is believed by
+nobody and stops nobody.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -18,9 +23,11 @@ from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import DamagedError, MissingKey, StoreError
-from storage.manifest import Body, alike, publish, published, verify, withdraw
+from storage.manifest import Body, alike, publish, published, twice, verify, withdraw
 from storage.section import Section
 from storage.store import Store
+
+_log = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 """How often a copy of the best is made while others make theirs."""
@@ -61,13 +68,26 @@ def add(store: Store, entry: Entry) -> str:
 
 
 def entries(store: Store, budget: str | None = None) -> list[Entry]:
-    """Entries of one budget, or of all, oldest first."""
+    """Entries of one budget, or of all, oldest first; damaged ones are passed over with a
+    warning."""
+    whole, damaged = look(store, budget)
+    for error in damaged.values():
+        _log.warning("%s; passing it over", error)
+    return whole
+
+
+def look(store: Store, budget: str | None = None) -> tuple[list[Entry], dict[str, DamagedError]]:
+    """Entries of one budget, or of all, oldest first, and by key what is wrong with the others."""
     prefix = layout.registry() if budget is None else layout.registered(budget)
-    found = []
+    whole: list[Entry] = []
+    damaged: dict[str, DamagedError] = {}
     for key in store.keys(prefix):
-        with suppress(MissingKey):  # removed since it was listed
-            found.append(_read(store, key))
-    return sorted(found, key=lambda entry: (entry.created, entry.plan_digest))
+        try:
+            with suppress(MissingKey):  # removed since it was listed
+                whole.append(twice(partial(_read, store, key)))
+        except DamagedError as error:
+            damaged[key] = error
+    return sorted(whole, key=lambda entry: (entry.created, entry.plan_digest)), damaged
 
 
 def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
@@ -154,9 +174,17 @@ def _read(store: Store, key: str) -> Entry:
     with store.read(key) as stream:
         content = stream.read()
     try:
-        return Entry.model_validate_json(content)
+        entry = Entry.model_validate_json(content)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DamagedError(
-            f"{store.url}/{key}: not a registry entry ({reason}); remove it from the store"
-        ) from None
+        raise _damaged(store, key, f"not a registry entry ({error.errors()[0]['msg']})") from None
+    # Of the content itself: entries of the first version have fewer fields.
+    if not key.endswith(f"-{digest_json(json.loads(content))}.json"):
+        raise _damaged(store, key, "not the registry entry that was added (another digest)")
+    return entry
+
+
+def _damaged(store: Store, key: str, what: str) -> DamagedError:
+    return DamagedError(
+        f"{store.url}/{key}: {what}; remove it and its sweep's stages/publish from the store and "
+        "run `espalier publish` again"
+    )

@@ -80,10 +80,13 @@ def get(
 def verify(budget: Label, storage: Storage = "runs") -> None:
     """Hold every file of the best model of a budget against its digest, then load it.
 
+    Fails also when an entry of that budget is damaged, which may be a better model's.
+
     Example: espalier best verify 50pct
     """
     with endings():
         from storage.manifest import fetch
+        from storage.registry import look
 
         store = _open(storage)
         prefix = _best_model(store, budget)
@@ -99,6 +102,8 @@ def verify(budget: Label, storage: Storage = "runs") -> None:
             f"{store.url}/{prefix}: {len(manifest.files)} files, {size:,} bytes, as published; "
             f"loads with {parameters:,} parameters"
         )
+        for error in look(store, budget)[1].values():
+            raise error
 
 
 @best_app.command("rm")

@@ -92,6 +92,21 @@ def test_an_altered_file_is_named(store: Store, tmp_path: Path) -> None:
         assert f"{key}: 2 bytes, but" in shown.stderr
 
 
+def test_a_damaged_entry_is_passed_over_and_fails_the_check(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = next(iter(store.keys(layout.registered("50pct"))))
+    store.write(key, b"{}")
+    shown = espalier("ls", "--storage", store.url)
+    assert len(shown.stdout.splitlines()) == 2
+    assert f"{key}: not a registry entry" in caplog.text
+    assert espalier("get", "50pct", "--out", tmp_path, "--storage", store.url).exit_code == 0
+    checked = espalier("verify", "50pct", "--storage", store.url)
+    assert checked.exit_code == 1
+    assert "as published" in checked.stdout
+    assert f"{key}: not a registry entry" in checked.stderr
+
+
 def test_a_budget_without_a_model_is_told_what_there_is(store: Store, tmp_path: Path) -> None:
     for command in (("verify",), ("get", "--out", tmp_path / "out")):
         shown = espalier(*command, "33pct", "--storage", store.url)

@@ -118,6 +118,15 @@ def test_nothing_beside_a_damaged_manifest_is_listed(store):
     assert listed(store) == []
 
 
+def test_models_beside_a_damaged_entry_stay(store, caplog):
+    fill(store)
+    (key,) = store.keys("registry")
+    store.write(key, b"{")
+    publish(store, layout.model("50pct", "nobody"), {"w": b"1"})
+    assert listed(store) == [("unregistered model", "models/50pct/nobody")]
+    assert f"{key}: not a registry entry" in caplog.text
+
+
 def test_an_open_upload_is_ended(s3_url):
     store = open_store(s3_url)
     name = f"{store._prefix}/library/t/d/a"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -8,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from storage import layout, registry
-from storage.errors import DamagedError
+from storage.digest import digest_json
 from storage.manifest import publish, published, read_bytes, verify
 from storage.registry import Entry, add, best, entries, keep_best, remove, show_best
 from storage.store import open_store
@@ -158,9 +159,10 @@ def test_the_best_models_are_kept(store):
         keep_best(store, "10B", "t", 0)
 
 
-def test_entries_of_the_first_version_stay_readable():
+def test_entries_of_the_first_version_stay_readable(store):
     old = entry("a", 0.1).model_dump(mode="json", exclude={"model"})
-    assert Entry.model_validate(old).model is None
+    store.write(f"registry/10B/20260901T000000Z-{digest_json(old)}.json", json.dumps(old).encode())
+    assert [one.model for one in entries(store)] == [None]
 
 
 PUBLISHER = """
@@ -202,7 +204,19 @@ def test_sweeps_that_publish_at_once_lose_nothing(store):
     assert leader.fidelity_loss == 1 / 20
 
 
-def test_a_damaged_entry_is_named(store):
-    store.write("registry/10B/x.json", b"{}")
-    with pytest.raises(DamagedError, match=r"registry/10B/x.json: not a registry entry"):
-        entries(store)
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content.replace(b"0.3", b"0.1"), "another digest"),
+        (lambda content: content[:-1], "not a registry entry"),
+    ],
+)
+def test_a_damaged_entry_is_passed_over_with_a_warning(store, caplog, damage, words):
+    key = add(store, entry("altered", 0.3))
+    with store.read(key) as stream:
+        content = damage(stream.read())
+    store.write(key, content)
+    assert winner(store, entry("whole", 0.2)) == "whole"
+    assert [one.plan_digest for one in entries(store)] == ["whole"]
+    assert f"{key}: " in caplog.text
+    assert words in caplog.text
