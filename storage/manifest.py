@@ -152,25 +152,38 @@ def alike(one: Manifest | None, other: Manifest) -> bool:
     return all(one.files[name].like(entry) for name, entry in other.files.items())
 
 
+def in_common(one: Manifest | None, other: Manifest) -> dict[str, FileEntry]:
+    """The entries of `one` whose files the other has too: the same names, the same content."""
+    files = one.files if one else {}
+    return {
+        name: entry
+        for name, entry in files.items()
+        if name in other.files and entry.like(other.files[name])
+    }
+
+
 def publish(
     store: Store,
     prefix: str,
     files: Mapping[str, Body],
     meta: Mapping[str, JsonValue] | None = None,
+    kept: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Write the files, then the manifest: only then do they exist.
 
     An earlier publication under the prefix is taken back first, and those of its files that are
-    not written again are removed. Raises ValueError for NaN in `meta`, before anything is written.
+    not written again are removed, but for `kept` ones, which are published again as they lie.
+    Raises ValueError for NaN in `meta`, before anything is written.
     """
     json.dumps(meta or {}, allow_nan=False)
     _check_names(files)
-    stale = _listed(store, prefix) - set(files)
+    kept = kept or {}
+    stale = _listed(store, prefix) - {*files, *kept}
     store.remove(f"{prefix}/{MANIFEST}")
     written = _in_parallel(partial(_write, store, prefix), files.items())
     for name in stale:
         store.remove(f"{prefix}/{name}")
-    return commit(store, prefix, dict(zip(files, written, strict=True)), meta)
+    return commit(store, prefix, {**kept, **dict(zip(files, written, strict=True))}, meta)
 
 
 def commit(

@@ -3,7 +3,10 @@
 Nothing is kept up to date in place, so any number of sweeps that publish at once lose no entry, on
 stores without conditional writes too. A model is written whole, under a name of its own, before its
 entry: whoever asks for the best gets a whole one, also while a better one is being published.
-best/BUDGET holds a copy, which may for moments be behind.
+
+best/BUDGET holds a copy, under the names that diffusers asks for, which are those of every model.
+While it is replaced, and where that was cut off until `show_best` is called again, it has no
+manifest, and may have files of two models.
 
 The name of an entry's object carries a digest of it. One that is not what was added is believed by
 nobody and stops nobody.
@@ -23,7 +26,7 @@ from pydantic import AwareDatetime, Field, NonNegativeInt, ValidationError
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import DamagedError, MissingKey, StoreError
-from storage.manifest import Body, alike, publish, published, twice, verify, withdraw
+from storage.manifest import Body, alike, in_common, publish, published, twice, verify, withdraw
 from storage.section import Section
 from storage.store import Store
 
@@ -118,12 +121,18 @@ def show_best(store: Store, budget: str) -> str | None:
         if entry is None or model is None:
             withdraw(store, prefix)
             return None
-        files: dict[str, Body] = {
-            name: partial(store.read, f"{entry.model}/{name}") for name in model.files
-        }
         try:
-            if spoiled or not alike(published(store, prefix), model):
-                publish(store, prefix, files, model.meta)
+            shown = None if spoiled else published(store, prefix)
+            if not alike(shown, model):
+                # Models of one teacher have all but the transformer in common: the less is written,
+                # the sooner the copy is whole again.
+                kept = in_common(shown, model)
+                files: dict[str, Body] = {
+                    name: partial(store.read, f"{entry.model}/{name}")
+                    for name in model.files
+                    if name not in kept
+                }
+                publish(store, prefix, files, model.meta, kept)
                 verify(store, prefix)
             spoiled = False
             if alike(published(store, prefix), model) and best(store, budget) == entry:

@@ -128,16 +128,54 @@ def test_a_copy_of_the_best_that_another_spoiled_is_mended(store, monkeypatch):
     better = models(store, 0.2, 0.1)[1]
     real = registry.publish
 
-    def meddled(store, prefix, files, meta):
+    def meddled(store, prefix, *rest):
         """Another process shows its own model between our files and our look at them."""
         monkeypatch.setattr(registry, "publish", real)
-        made = real(store, prefix, files, meta)
+        made = real(store, prefix, *rest)
         store.write(f"{prefix}/model_index.json", b"of another")
         return made
 
     monkeypatch.setattr(registry, "publish", meddled)
     assert show_best(store, "10B") == better.model
     assert shown(store) == "1"
+
+
+def test_a_copy_of_the_best_is_replaced_only_where_models_differ(store, monkeypatch):
+    def add_model(name, loss):
+        prefix = layout.model("10B", name)
+        publish(store, prefix, {"vae/w": b"same", "transformer/w": name.encode(), name: b"own"})
+        add(store, entry(name, loss).model_copy(update={"model": prefix}))
+
+    add_model("a", 0.2)
+    show_best(store, "10B")
+    add_model("b", 0.1)
+    written, real = [], store.write
+    monkeypatch.setattr(store, "write", lambda key, body: (written.append(key), real(key, body)))
+    show_best(store, "10B")
+    names = ("b", "manifest.json", "transformer/w")
+    assert sorted(written) == [f"best/10B/{name}" for name in names]
+    assert verify(store, "best/10B").files.keys() == {"b", "transformer/w", "vae/w"}
+    assert set(store.keys("best")) == {f"best/10B/{name}" for name in (*names, "vae/w")}
+
+
+def test_a_copy_of_the_best_that_was_cut_off_is_made_whole(store, monkeypatch):
+    models(store, 0.2)
+    show_best(store, "10B")
+    better = models(store, 0.3, 0.1)[1]
+    real = store.write
+
+    def cut_off(key, body):
+        real(key, body)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "write", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            show_best(store, "10B")
+    assert shown(store) is None
+    assert show_best(store, "10B") == better.model
+    assert shown(store) == "1"
+    verify(store, layout.best("10B"))
 
 
 def test_the_best_models_are_kept(store):
