@@ -125,6 +125,8 @@ def rm(
         store = _open(storage)
         chosen = [entry for entry in ranked(store, budget) if entry.plan_digest.startswith(plan)]
         if not chosen:
+            # A removal that was cut off may have left the copy of the best as it was.
+            show_best(store, budget)
             raise NothingPublishedError(
                 f"{store.url}: nothing published at {budget} has a plan {plan}; see `espalier best "
                 "ls`"

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.cli.main import app
-from storage import layout
+from storage import layout, registry
 from storage.manifest import publish, published
 from storage.registry import Entry, add, entries
 from storage.store import Store, open_store
@@ -128,3 +128,14 @@ def test_removes_one_model_after_asking(store: Store) -> None:
     gone = espalier("rm", "50pct", "--plan", "bbbb", "--storage", store.url, "--yes")
     assert gone.exit_code == 1
     assert "has a plan bbbb" in gone.stderr
+
+
+def test_a_removal_that_was_cut_off_is_finished_by_another(store: Store) -> None:
+    registry.show_best(store, "50pct")
+    (chosen,) = (entry for entry in entries(store) if entry.plan_digest == "bbbb")
+    registry.withdraw_entry(store, chosen)
+    again = espalier("rm", "50pct", "--plan", "bbbb", "--storage", store.url, "--yes")
+    assert again.exit_code == 1
+    assert [key.rpartition("/")[2] for key in store.keys(layout.best("50pct"))] == [
+        "manifest.json", "model_index.json",
+    ]  # fmt: skip
