@@ -1,9 +1,10 @@
 """Scores plans on warm models: assembles a student from the library and measures its fidelity.
 
 Nothing is copied: a student is the teacher with some of its blocks taken from the library, run
-block by block. Teacher, library and probe are mapped from files that a node fetches once, so on
-CPUs all scoring processes of a node share one copy. Plain torch; search/study.py puts it into Ray
-actors. Shapes: B batch, N image tokens, C latent channels of a packed token.
+block by block; only what a given plan cuts out of the teacher is made anew. Teacher, library and
+probe are mapped from files that a node fetches once, so on CPUs all scoring processes of a node
+share one copy. Plain torch; search/study.py puts it into Ray actors. Shapes: B batch, N image
+tokens, C latent channels of a packed token.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Scorer:
         self._loaded: dict[BlockPlan, nn.Module] = {}
 
     def score(self, plan: Plan) -> Score:
-        """Measure a plan whose blocks are the teacher's own or the library's."""
+        """Measure a plan of the teacher's own blocks, the library's, and some cut out of it."""
         started = time.perf_counter()
         blocks = [self._block(block) for block in plan.blocks]
         loss = composed_loss(self._model, self._family, blocks, self._probe)
@@ -176,15 +177,26 @@ class Scorer:
         if block.untouched:
             return self._own[block.span[0]]
         if block not in self._loaded:
-            example = next(self._model.parameters())
-            module = self._family.build_block(self._config, block, "meta")
-            weights = {
-                name: tensor.to(example.device, example.dtype)
-                for name, tensor in self._library(block).items()
-            }
-            module.load_state_dict(weights, assign=True)
-            self._loaded[block] = module.requires_grad_(False).eval()
+            made = self._from_library(block) if block.start == "library" else self._cut(block)
+            self._loaded[block] = made.requires_grad_(False).eval()
         return self._loaded[block]
+
+    def _from_library(self, block: BlockPlan) -> nn.Module:
+        example = next(self._model.parameters())
+        module = self._family.build_block(self._config, block, "meta")
+        weights = {
+            name: tensor.to(example.device, example.dtype)
+            for name, tensor in self._library(block).items()
+        }
+        module.load_state_dict(weights, assign=True)
+        return module
+
+    def _cut(self, block: BlockPlan) -> nn.Module:
+        """As recovery cuts it out of the teacher: a given plan may name blocks that no library
+        trains."""
+        from trainers.students.surgery import make_block
+
+        return make_block(self._family, self._config, self._own, block)
 
 
 def composed_loss(

@@ -128,6 +128,26 @@ def test_scores_what_the_assembled_student_has(
         assert trial.fidelity_loss == pytest.approx(loss, rel=1e-4)
 
 
+def test_a_given_plan_may_have_blocks_that_no_library_trains(
+    teacher: Teacher, store: Store, bench: Bench
+) -> None:
+    plan = Plan(
+        family="qwen_image",
+        teacher_blocks=6,
+        blocks=(
+            BlockPlan(span=(0, 1), start="library"),
+            BlockPlan(span=(2, 3), start="average"),
+            BlockPlan(span=(4, 4), ffn=0.5),
+            BlockPlan(span=(5, 5), text="projected"),
+        ),
+    )
+    model = teacher.transformer()
+    probe = make_probe(model, teacher.family, open_latents(store, "encoded/x"), bench.probe, 0)
+    student = assemble(model, plan, Library(store, dict(bench.replacements)))
+    expected = fidelity_loss(student, teacher.family, probe)
+    assert bench.open().score(plan).fidelity_loss == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -> None:
     scorer = bench.open()
