@@ -244,7 +244,7 @@ def open_sweep(config: SweepConfig) -> Sweep:
     below what any plan of the configuration reaches), and SweepError when the name or a budget's
     place in the storage belongs to another teacher.
     """
-    teacher = open_teacher(config.teacher)
+    teacher = open_teacher(config.teacher, config.store)
     store = open_store(config.storage, config.store)
     sweep = Sweep(config, store, teacher)
     if config.plan is not None:

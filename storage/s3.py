@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
@@ -73,19 +73,14 @@ def open_s3(url: str, options: StoreOptions) -> S3Store:
         raise StoreError(f"{url}: an S3 store is written s3://bucket/prefix")
     if prefix:
         check_key(prefix)
-    region = options.region or os.environ.get("AWS_REGION")
+    reached = s3_arguments(options)
+    # Ours are the only ones: botocore's and s3fs's own would multiply with them.
+    reached["config_kwargs"] |= {
+        "max_pool_connections": 64,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }
     files = S3FileSystem(
-        endpoint_url=options.endpoint,
-        client_kwargs={"region_name": region} if region else {},
-        config_kwargs={
-            "connect_timeout": 3,
-            "read_timeout": options.timeout,
-            "max_pool_connections": 64,
-            # Ours are the only ones: botocore's and s3fs's own would multiply with them.
-            "retries": {"mode": "standard", "total_max_attempts": 1},
-            "request_checksum_calculation": options.checksum,
-            "response_checksum_validation": options.checksum,
-        },
+        **reached,
         # An instance remembers credentials, a listing goes stale as others write.
         skip_instance_cache=True,
         use_listings_cache=False,
@@ -94,6 +89,21 @@ def open_s3(url: str, options: StoreOptions) -> S3Store:
     store = S3Store(files, parts.netloc, prefix)
     store.probe()
     return store
+
+
+def s3_arguments(options: StoreOptions) -> dict[str, Any]:
+    """What s3fs is given to reach the server of these options."""
+    region = options.region or os.environ.get("AWS_REGION")
+    return {
+        "endpoint_url": options.endpoint,
+        "client_kwargs": {"region_name": region} if region else {},
+        "config_kwargs": {
+            "connect_timeout": 3,
+            "read_timeout": options.timeout,
+            "request_checksum_calculation": options.checksum,
+            "response_checksum_validation": options.checksum,
+        },
+    }
 
 
 class Part(NamedTuple):
@@ -314,34 +324,37 @@ class S3Store:
         check_key(key)
         return f"{self._prefix}/{key}" if self._prefix else key
 
-    @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
-        """Turn what s3fs and botocore raise into our errors, where it enters."""
-        where = f"{self.url}/{key}".rstrip("/")
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise MissingKey(f"{where}: nothing is stored there") from error
-        except (NoCredentialsError, PartialCredentialsError) as error:
+    def _translated(self, key: str) -> AbstractContextManager[None]:
+        return translated(f"{self.url}/{key}".rstrip("/"))
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Turn what s3fs and botocore raise into our errors, where it enters."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingKey(f"{where}: nothing is stored there") from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise StoreError(
+            f"{where}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or AWS_PROFILE"
+        ) from error
+    except PermissionError as error:
+        if _code(error) == "RequestTimeTooSkewed":
             raise StoreError(
-                f"{where}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "or AWS_PROFILE"
+                f"{where}: the server refuses requests because the clocks differ "
+                f"({_sentence(error)}); set this machine's clock"
             ) from error
-        except PermissionError as error:
-            if _code(error) == "RequestTimeTooSkewed":
-                raise StoreError(
-                    f"{where}: the server refuses requests because the clocks differ "
-                    f"({_sentence(error)}); set this machine's clock"
-                ) from error
-            raise StoreError(
-                f"{where}: the server refuses the AWS credentials ({_sentence(error)}); check the "
-                "key, its secret and its rights on the bucket"
-            ) from error
-        except (OSError, BotoCoreError, ConnectionBroken) as error:
-            raise StoreError(
-                f"{where}: the store does not answer as it should ({_sentence(error)}); check the "
-                "endpoint and the network"
-            ) from error
+        raise StoreError(
+            f"{where}: the server refuses the AWS credentials ({_sentence(error)}); check the "
+            "key, its secret and its rights on the bucket"
+        ) from error
+    except (OSError, BotoCoreError, ConnectionBroken) as error:
+        raise StoreError(
+            f"{where}: the store does not answer as it should ({_sentence(error)}); check the "
+            "endpoint and the network"
+        ) from error
 
 
 class _Ranges(io.RawIOBase):

@@ -13,7 +13,7 @@ from storage.section import Section
 
 
 class StoreOptions(Section):
-    """How an S3 store is reached; a folder needs none of it.
+    """How an S3 store is reached, and a teacher or pictures in S3; a folder needs none of it.
 
     Credentials are never among them: they come from the AWS environment variables or files.
     """

@@ -18,7 +18,7 @@ from storage.digest import digest_json, sha256_file
 from storage.errors import DamagedError, EspalierError
 from storage.manifest import MANIFEST, Manifest, published
 from storage.pieces import PiecedFile
-from storage.store import Store, open_store
+from storage.store import Store, StoreOptions, open_store
 from storage.tensors import check_safetensors, load_tensors
 from trainers.cache import local_copy
 from trainers.students.families import family_of
@@ -69,6 +69,8 @@ class Teacher:
     """Of one in a store: where its transformer's weights are read by range, each piece verified.
     One published before files had digests of their pieces is read as it comes: only a file that
     ends too early is noticed."""
+    options: StoreOptions | None = field(default=None, compare=False)
+    """How that store is reached."""
 
     def weights(self) -> Weights:
         """The transformer's, of which nothing but names is read before it is asked for."""
@@ -77,7 +79,7 @@ class Teacher:
         if self.url is None:
             files = map(str, _weights(self.folder / "transformer"))
             return Weights({file: partial(FileIO, file) for file in files})
-        store, prefix, manifest = _published(self.url)
+        store, prefix, manifest = _published(self.url, self.options)
         return Weights(
             {
                 name: PiecedFile(store, prefix, name, entry).open
@@ -145,9 +147,9 @@ class Teacher:
         return load_folder(self.folder, dtype, device)
 
 
-def open_teacher(name_or_path: str | Path) -> Teacher:
+def open_teacher(name_or_path: str | Path, options: StoreOptions | None = None) -> Teacher:
     """Finds a local folder, fetches from the Hugging Face hub, or opens a pipeline that is
-    published in a store (`s3://bucket/prefix`), and checks every file.
+    published in a store (`s3://bucket/prefix`, reached by `options`), and checks every file.
 
     Of one in a store the transformer's weights stay there.
 
@@ -158,7 +160,7 @@ def open_teacher(name_or_path: str | Path) -> Teacher:
     remote: dict[str, JsonValue] = {}
     if "://" in name:
         url = name.rstrip("/")
-        folder, remote = _brought(url)
+        folder, remote = _brought(url, options)
     else:
         folder = _folder(name)
     parts = check_pipeline(folder, elsewhere=("transformer",) if url else ())
@@ -179,6 +181,7 @@ def open_teacher(name_or_path: str | Path) -> Teacher:
         family=family_of(config, str(config_file)),
         config=config,
         url=url,
+        options=options,
     )
 
 
@@ -262,10 +265,10 @@ def _folder(name: str) -> Path:
         ) from error
 
 
-def _published(url: str) -> tuple[Store, str, Manifest]:
+def _published(url: str, options: StoreOptions | None) -> tuple[Store, str, Manifest]:
     """Store, prefix and manifest of a published pipeline."""
     root, _, prefix = url.rpartition("/")
-    store = open_store(root)
+    store = open_store(root, options)
     manifest = published(store, prefix)
     if manifest is None:
         raise TeacherError(
@@ -280,9 +283,9 @@ def _is_remote(name: str) -> bool:
     return name.startswith("transformer/") and name.endswith(".safetensors")
 
 
-def _brought(url: str) -> tuple[Path, dict[str, JsonValue]]:
+def _brought(url: str, options: StoreOptions | None) -> tuple[Path, dict[str, JsonValue]]:
     """The folder with what is brought here of a published pipeline, and what is not, by digest."""
-    store, prefix, manifest = _published(url)
+    store, prefix, manifest = _published(url, options)
     remote = {name: entry for name, entry in manifest.files.items() if _is_remote(name)}
     here = {name: entry for name, entry in manifest.files.items() if name not in remote}
     folder = local_copy(store, prefix, manifest.model_copy(update={"files": here}))

@@ -91,7 +91,8 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
     trackers = Trackers(opened)
     for stage in stages:
         if stage.check is not None and stage.state(opened) != "done":
-            stage.check(opened)
+            with explained(stage.name):
+                stage.check(opened)
     opened.claim()
     joined = ran = False
     with ExitStack() as stack:
@@ -102,7 +103,7 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
                 view.finish(stage.name, skip_stage(stage, opened).summary, None)
                 continue
             progress = view.stage(stage.name)
-            with failing(stage.name, view):
+            with explained(stage.name), stopping(stage.name, view):
                 if stage.needs_cluster(opened) and not joined:
                     stack.enter_context(core_kept_quiet())
                     stack.enter_context(connected(opened.config.accelerator))
@@ -123,21 +124,29 @@ def _track(trackers: Trackers) -> None:
 
 
 @contextmanager
-def failing(name: str, view: View) -> Iterator[None]:
-    """Shows that the stage has stopped; an error that is not the user's becomes StageError."""
+def explained(name: str) -> Iterator[None]:
+    """Turns a stage's error that is not the user's into StageError."""
     from storage.errors import EspalierError
 
+    try:
+        yield
+    except EspalierError:
+        raise
+    except Exception as error:
+        raise StageError(f"{name}: failed: {_first_line(error)}") from error
+
+
+@contextmanager
+def stopping(name: str, view: View) -> Iterator[None]:
+    """Shows that the stage has not come to its end."""
     try:
         yield
     except KeyboardInterrupt:
         view.stop(name, "interrupted")
         raise
-    except EspalierError:
+    except Exception:
         view.stop(name, "failed")
         raise
-    except Exception as error:
-        view.stop(name, "failed")
-        raise StageError(f"{name}: failed: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -32,5 +32,5 @@ ENCODE = Stage(
     digest=lambda sweep: sweep.encoded_digest,
     shared=lambda sweep: sweep.encoded_prefix,
     run=run,
-    check=lambda sweep: list_units(sweep.config.data),
+    check=lambda sweep: list_units(sweep.config.data, sweep.config.store),
 )

@@ -3,14 +3,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from cluster.cli.common import StageError, endings, user_error
+from cluster.cli.common import StageError, endings, open_config, user_error
 from cluster.cli.main import app
+from cluster.cli.run import run_stages
+from search.stages import stage_named
 from storage.errors import EspalierError
 from trainers.students.counts import plan_parameters
 from trainers.students.families import family_named
@@ -241,6 +244,20 @@ def test_an_unexpected_failure_is_3(capsys: pytest.CaptureFixture[str]) -> None:
         raise StageError("search: failed: no room") from MemoryError("no room")
     assert caught.value.exit_code == 3
     assert "espalier: search: failed: no room" in capsys.readouterr().err
+
+
+def test_a_check_that_breaks_is_a_failed_stage(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("the hub is down")
+
+    opened = open_config(sweep_file(tmp_path, tiny_pipeline), [])
+    stage = replace(stage_named("encode"), check=broken)
+    with pytest.raises(typer.Exit) as caught, endings():
+        run_stages(opened, [stage], as_json=False)
+    assert caught.value.exit_code == 3
+    assert "espalier: encode: failed: the hub is down" in capsys.readouterr().err
 
 
 def test_an_error_that_ray_carried_is_still_one_sentence() -> None:

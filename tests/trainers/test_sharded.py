@@ -13,7 +13,7 @@ import torch.distributed
 
 from storage.errors import DamagedError
 from storage.manifest import publish
-from storage.store import open_store
+from storage.store import StoreOptions, open_store
 from trainers.distilled import Distilled
 from trainers.recovery import full
 from trainers.sharded import load_distilled, load_observed
@@ -82,6 +82,16 @@ def test_a_teacher_in_a_bucket_is_read_by_range(teacher, remote, group):
     student = load_distilled(remote, cut, None, CPU)
     assert isinstance(student, Distilled)
     assert_same(student.student, assemble(model, cut))
+
+
+def test_a_teacher_in_a_bucket_is_read_from_the_configured_server(
+    teacher, remote, s3_server, monkeypatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # where nobody listens
+    found = open_teacher(remote.name, StoreOptions(endpoint=s3_server.endpoint))
+    assert found.digest == teacher.digest
+    name = "transformer_blocks.3.attn.to_q.weight"
+    assert torch.equal(found.weights().read(name), teacher.weights().read(name))
 
 
 def test_a_teacher_that_was_damaged_in_its_bucket_is_not_loaded(remote, s3_url):

@@ -57,7 +57,7 @@ def encode(
     if done is not None:
         return done
     progress = progress or silent()
-    units = list_units(config)
+    units = list_units(config, options)
     total = sum(len(unit.items) for unit in units)
     missing = [
         unit for unit in units if published(store, shard_prefix(prefix, unit.number)) is None
@@ -104,7 +104,7 @@ def _stream(
         )
         .map(
             _read_row,
-            fn_kwargs={"config": config, "seed": seed},
+            fn_kwargs={"config": config, "seed": seed, "options": arguments["options"]},
             num_cpus=0.25,
             compute=ray.data.TaskPoolStrategy(size=min(2 * actors, len(units))),
         )
@@ -121,12 +121,14 @@ def _stream(
         yield int(row["count"]), row["error"]
 
 
-def _read_row(row: dict[str, Any], config: DataConfig, seed: int) -> dict[str, Any]:
+def _read_row(
+    row: dict[str, Any], config: DataConfig, seed: int, options: StoreOptions | None
+) -> dict[str, Any]:
     """A unit's pictures. Errors travel as a column: raised here, Ray would log and wrap them."""
     unit = Unit(row["number"], tuple(_items(row["items"])))
     read = {"number": unit.number, "pictures": b"", "captions": "[]", "error": ""}
     try:
-        pictures, captions = read_unit(config, unit, seed)
+        pictures, captions = read_unit(config, unit, seed, options)
     except EspalierError as error:
         return {**read, "error": str(error)}
     return {**read, "pictures": pictures.tobytes(), "captions": json.dumps(captions)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -23,6 +24,8 @@ from storage.section import Section
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from storage.store import StoreOptions
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -39,8 +42,9 @@ class DataConfig(Section):
     files have a picture and a caption column; `webdataset` is tar files of such pairs."""
 
     path: str | None = None
-    """Folder of the source, local or a URL that fsspec opens; not used by `shapes`. An encoding is
-    named by this configuration: give changed content another path."""
+    """Folder of the source, local or a URL that fsspec opens; not used by `shapes`. In S3 it is
+    reached as `store` says. An encoding is named by this configuration: give changed content
+    another path."""
 
     caption_extension: str = "txt"
     """Extension of caption files in a folder or webdataset."""
@@ -89,13 +93,14 @@ class Unit:
     """Plain values whose meaning is the source's own."""
 
 
-def list_units(config: DataConfig) -> list[Unit]:
-    """The source cut into units, the same at every call.
+def list_units(config: DataConfig, options: StoreOptions | None = None) -> list[Unit]:
+    """The source cut into units, the same at every call; `options` say how S3 is reached.
 
     Raises DataError when nothing is there, or naming the first picture without a caption or
-    caption without a picture.
+    caption without a picture, and StoreError when S3 does not answer.
     """
-    items = _LISTERS[config.source](config)[: config.pictures]
+    with _translated(config):
+        items = _LISTERS[config.source](config, options)[: config.pictures]
     if len(items) <= config.held_out:
         raise DataError(
             f"{config.path}: {len(items)} pictures with captions are there and data.held_out keeps "
@@ -105,26 +110,31 @@ def list_units(config: DataConfig) -> list[Unit]:
     return [Unit(n, tuple(items[at : at + config.shard])) for n, at in enumerate(starts)]
 
 
-def read_unit(config: DataConfig, unit: Unit, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
+def read_unit(
+    config: DataConfig, unit: Unit, seed: int, options: StoreOptions | None = None
+) -> tuple[NDArray[np.uint8], list[str]]:
     """The unit's pictures [n, resolution, resolution, 3] and captions.
 
-    `seed` decides what the shapes source draws. Raises DataError naming a picture or caption that
-    cannot be read.
+    `seed` decides what the shapes source draws, `options` say how S3 is reached. Raises DataError
+    naming a picture or caption that cannot be read, and StoreError when S3 does not answer.
     """
     import numpy as np
 
     pictures, captions = [], []
-    for picture, caption in _READERS[config.source](config, unit.items, seed):
-        pictures.append(picture)
-        captions.append(caption)
+    with _translated(config):
+        for picture, caption in _READERS[config.source](config, unit.items, seed, options):
+            pictures.append(picture)
+            captions.append(caption)
     return np.stack(pictures), captions
 
 
-def _list_shapes(config: DataConfig) -> list[Any]:
+def _list_shapes(config: DataConfig, options: StoreOptions | None) -> list[Any]:
     return list(range(config.pictures))
 
 
-def _read_shapes(config: DataConfig, items: Sequence[Any], seed: int) -> Iterator[Any]:
+def _read_shapes(
+    config: DataConfig, items: Sequence[Any], seed: int, options: StoreOptions | None
+) -> Iterator[Any]:
     from trainers.tasks.shapes.draw import draw
     from trainers.tasks.shapes.grammar import compose, sample_training_request
 
@@ -134,13 +144,15 @@ def _read_shapes(config: DataConfig, items: Sequence[Any], seed: int) -> Iterato
         yield draw(compose(request, rng), rng, config.resolution), request.caption
 
 
-def _list_folder(config: DataConfig) -> list[Any]:
-    _, files = _files(config)
+def _list_folder(config: DataConfig, options: StoreOptions | None) -> list[Any]:
+    _, files = _files(config, options)
     return _pairs(config, [(file, file) for file in files])
 
 
-def _read_folder(config: DataConfig, items: Sequence[Any], seed: int) -> Iterator[Any]:
-    filesystem = _filesystem(config)
+def _read_folder(
+    config: DataConfig, items: Sequence[Any], seed: int, options: StoreOptions | None
+) -> Iterator[Any]:
+    filesystem = _filesystem(config, options)[0]
     for picture, caption in items:
         yield (
             _decode(filesystem.cat_file(picture), picture, config.resolution),
@@ -148,11 +160,11 @@ def _read_folder(config: DataConfig, items: Sequence[Any], seed: int) -> Iterato
         )
 
 
-def _list_webdataset(config: DataConfig) -> list[Any]:
+def _list_webdataset(config: DataConfig, options: StoreOptions | None) -> list[Any]:
     """(tar, picture's offset and size, caption's offset and size, picture's name) a sample."""
     import tarfile
 
-    filesystem, files = _files(config, ".tar")
+    filesystem, files = _files(config, options, ".tar")
     items: list[Any] = []
     for file in files:
         try:
@@ -169,21 +181,24 @@ def _list_webdataset(config: DataConfig) -> list[Any]:
     return items
 
 
-def _read_webdataset(config: DataConfig, items: Sequence[Any], seed: int) -> Iterator[Any]:
-    filesystem = _filesystem(config)
+def _read_webdataset(
+    config: DataConfig, items: Sequence[Any], seed: int, options: StoreOptions | None
+) -> Iterator[Any]:
+    filesystem = _filesystem(config, options)[0]
     for file, picture_at, picture_size, caption_at, caption_size, name in items:
-        picture = filesystem.cat_file(file, picture_at, picture_at + picture_size)
-        caption = filesystem.cat_file(file, caption_at, caption_at + caption_size)
+        # By name: s3fs has another argument in the second place.
+        picture = filesystem.cat_file(file, start=picture_at, end=picture_at + picture_size)
+        caption = filesystem.cat_file(file, start=caption_at, end=caption_at + caption_size)
         where = f"{file}:{name}"
         yield _decode(picture, where, config.resolution), _text(caption, where)
 
 
-def _list_parquet(config: DataConfig) -> list[Any]:
+def _list_parquet(config: DataConfig, options: StoreOptions | None) -> list[Any]:
     """(file, row) a picture."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    filesystem, files = _files(config, ".parquet")
+    filesystem, files = _files(config, options, ".parquet")
     items: list[Any] = []
     for file in files:
         try:
@@ -204,10 +219,12 @@ def _list_parquet(config: DataConfig) -> list[Any]:
     return items
 
 
-def _read_parquet(config: DataConfig, items: Sequence[Any], seed: int) -> Iterator[Any]:
+def _read_parquet(
+    config: DataConfig, items: Sequence[Any], seed: int, options: StoreOptions | None
+) -> Iterator[Any]:
     import pyarrow.parquet as parquet
 
-    filesystem = _filesystem(config)
+    filesystem = _filesystem(config, options)[0]
     columns = [config.picture_column, config.caption_column]
     for file in dict.fromkeys(file for file, _ in items):
         wanted = {row for name, row in items if name == file}
@@ -236,20 +253,50 @@ def _parquet_row(config: DataConfig, where: str, values: dict[str, Any]) -> Any:
     return _decode(picture, where, config.resolution), caption
 
 
-def _filesystem(config: DataConfig) -> Any:
-    import fsspec
+@contextmanager
+def _translated(config: DataConfig) -> Iterator[None]:
+    """Turns what a filesystem raises into one sentence, where it enters."""
+    if config.path is None:
+        yield
+        return
+    where = f"data.path: {config.path}"
+    s3: AbstractContextManager[None] = nullcontext()
+    if _in_s3(config.path):
+        from storage.s3 import translated
 
-    return fsspec.core.url_to_fs(config.path)[0]
-
-
-def _files(config: DataConfig, extension: str | None = None) -> tuple[Any, list[str]]:
-    import fsspec
-
-    filesystem, root = fsspec.core.url_to_fs(config.path)
+        s3 = translated(where)
     try:
-        files = sorted(filesystem.find(root))
+        with s3:
+            yield
+    except ImportError as error:
+        raise DataError(f"{where}: cannot be opened ({error}); install that package") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"data.path: {config.path}: cannot be listed ({error})") from error
+        raise DataError(f"{where}: cannot be read ({error}); check the path") from error
+
+
+def _in_s3(path: str) -> bool:
+    return path.startswith(("s3://", "s3a://"))
+
+
+def _filesystem(config: DataConfig, options: StoreOptions | None) -> tuple[Any, str]:
+    """Where the source lies, and its path there."""
+    import fsspec
+
+    assert config.path is not None
+    arguments: dict[str, Any] = {}
+    if _in_s3(config.path) and options is not None:
+        from storage.s3 import s3_arguments
+
+        arguments = s3_arguments(options)
+    found: tuple[Any, str] = fsspec.core.url_to_fs(config.path, **arguments)
+    return found
+
+
+def _files(
+    config: DataConfig, options: StoreOptions | None, extension: str | None = None
+) -> tuple[Any, list[str]]:
+    filesystem, root = _filesystem(config, options)
+    files = sorted(filesystem.find(root))
     found = [file for file in files if extension is None or file.endswith(extension)]
     if not found:
         raise DataError(f"data.path: {config.path}: no {extension or 'file'} is there")
@@ -305,13 +352,15 @@ def _text(content: bytes, where: str) -> str:
     return caption
 
 
-_LISTERS: dict[str, Callable[[DataConfig], list[Any]]] = {
+_LISTERS: dict[str, Callable[[DataConfig, StoreOptions | None], list[Any]]] = {
     "shapes": _list_shapes,
     "folder": _list_folder,
     "parquet": _list_parquet,
     "webdataset": _list_webdataset,
 }
-_READERS: dict[str, Callable[[DataConfig, Sequence[Any], int], Iterator[Any]]] = {
+_READERS: dict[
+    str, Callable[[DataConfig, Sequence[Any], int, StoreOptions | None], Iterator[Any]]
+] = {
     "shapes": _read_shapes,
     "folder": _read_folder,
     "parquet": _read_parquet,

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from storage.errors import StoreError
+from storage.store import StoreOptions, open_store
+from tests.s3 import S3Server
 from trainers.data.sources import DataConfig, DataError, list_units, read_unit
 
 
@@ -164,6 +167,45 @@ def test_a_damaged_picture_and_an_empty_caption_are_named(tmp_path: Path):
     (tmp_path / "sub0" / "0.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"0\.txt: its caption is empty"):
         read_unit(made, list_units(made)[0], seed=0)
+
+
+@pytest.mark.parametrize("fill", [fill_folder, fill_parquet, fill_webdataset])
+def test_pictures_in_s3_are_read_from_the_configured_server(
+    fill, tmp_path: Path, s3_server: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    local = fill(tmp_path)
+    store = open_store(s3_url)
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            store.write(str(file.relative_to(tmp_path)), file.read_bytes())
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # where nobody listens
+    options = StoreOptions(endpoint=s3_server.endpoint)
+    made = local.model_copy(update={"path": s3_url})
+    units = list_units(made, options)
+    assert [len(unit.items) for unit in units] == [2, 2, 1]
+    for unit, same in zip(units, list_units(local), strict=True):
+        assert read_unit(made, unit, 0, options)[1] == read_unit(local, same, 0)[1]
+
+
+def test_a_server_that_does_not_answer_is_one_sentence(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    made = config(Path("unused"), "folder").model_copy(update={"path": s3_url})
+    with pytest.raises(StoreError, match=rf"data\.path: {s3_url}: the store does not answer"):
+        list_units(made, StoreOptions(endpoint="http://127.0.0.1:9"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(StoreError, match=rf"data\.path: {s3_url}: no AWS credentials"):
+        list_units(made, StoreOptions())
+
+
+def test_a_filesystem_that_is_not_there_is_one_sentence():
+    made = config(Path("unused"), "folder").model_copy(update={"path": "gs://bucket/pictures"})
+    with pytest.raises(DataError, match=r"data\.path: gs://bucket/pictures: .*gcsfs"):
+        list_units(made)
+    with pytest.raises(DataError, match=r"data\.path: nowhere://bucket: .*nowhere"):
+        list_units(made.model_copy(update={"path": "nowhere://bucket"}))
 
 
 def test_settings_that_leave_nothing_are_refused():
