@@ -85,8 +85,8 @@ def plan(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub name of the teacher; by default Qwen-Image or FLUX.1-dev, for "
-            "plans of their 60 and 57 blocks.",
+            help="Folder or hub name of the teacher; by default the recipe's where it is a folder "
+            "here, else Qwen-Image or FLUX.1-dev, for plans of their 60 and 57 blocks.",
             show_default=False,
         ),
     ] = None,
@@ -125,8 +125,8 @@ def plan(
         from trainers.students.plan import load_plan
 
         student = load_plan(path / "plan.json" if path.is_dir() else path)
-        config = sizes_of(student, path, teacher)
-        described = describe(student, config)
+        config, assumed = sizes_of(student, path, teacher)
+        described = {**describe(student, config), "assumed": assumed}
         if train:
             described["training"] = describe_training(
                 student, config, path, gpu, gpus, gpu_memory, text_tokens, mfu
@@ -139,34 +139,63 @@ def plan(
             print_training(described["training"])
 
 
-def sizes_of(student: Plan, path: Path, teacher: str | None) -> Mapping[str, Any]:
-    """The teacher's transformer config: as given, by the student's own folder, or the published."""
-    from trainers.students.families import family_named, family_of
+def sizes_of(
+    student: Plan, path: Path, teacher: str | None
+) -> tuple[Mapping[str, Any], str | None]:
+    """The teacher's transformer config: as given, by the student's own folder, by the recipe's
+    teacher, or the published; with what is assumed of it, in a sentence."""
+    from trainers.students.families import family_named
 
     family = family_named(student.family)
     if teacher is not None:
-        config = transformer_config(teacher)
-        found = family_of(config, f"{teacher}: transformer/config.json")
-        if found is not family:
-            raise TeacherSizesError(
-                f"--teacher {teacher}: is of family {found.name}, and the plan is for "
-                f"{family.name}; give the teacher that the plan was made for"
-            )
-        blocks = family.blocks(config)
-        if blocks != student.teacher_blocks:
-            raise TeacherSizesError(
-                f"--teacher {teacher}: has {blocks} blocks, and the plan is for a teacher of "
-                f"{student.teacher_blocks}; give the teacher that the plan was made for"
-            )
-        return config
+        return _checked_sizes(student, teacher, f"--teacher {teacher}"), None
     if path.is_dir():
-        return family.teacher_config(transformer_config(str(path)), student)
+        return family.teacher_config(transformer_config(str(path)), student), None
+    named = recipe_teacher(path)
+    if named is not None and Path(named).expanduser().is_dir():
+        return _checked_sizes(student, named, f"{path}: teacher {named}"), None
     if student.teacher_blocks == family.blocks(family.published):
-        return family.published
+        return family.published, None
+    if named is not None:
+        # A teacher that another recipe makes: it has fewer blocks, of the published sizes.
+        return family.teacher_config(family.published, student), (
+            f"its teacher {named} is no folder here: counted with {student.teacher_blocks} blocks "
+            f"as large as those of the published {family.name}; --teacher says others"
+        )
     raise TeacherSizesError(
         f"{path}: its teacher has {student.teacher_blocks} blocks, of unknown size; say which with "
         "--teacher"
     )
+
+
+def _checked_sizes(student: Plan, teacher: str, where: str) -> Mapping[str, Any]:
+    """The teacher's transformer config, of the family and the number of blocks that the plan is
+    for; `where` begins the sentence when it is not."""
+    from trainers.students.families import family_named, family_of
+
+    family = family_named(student.family)
+    config = transformer_config(teacher)
+    found = family_of(config, f"{teacher}: transformer/config.json")
+    if found is not family:
+        raise TeacherSizesError(
+            f"{where}: is of family {found.name}, and the plan is for {family.name}; give the "
+            "teacher that the plan was made for"
+        )
+    blocks = family.blocks(config)
+    if blocks != student.teacher_blocks:
+        raise TeacherSizesError(
+            f"{where}: has {blocks} blocks, and the plan is for a teacher of "
+            f"{student.teacher_blocks}; give the teacher that the plan was made for"
+        )
+    return config
+
+
+def recipe_teacher(path: Path) -> str | None:
+    """The teacher that a recipe names; None of a plan alone."""
+    from cluster.configfile import read_yaml
+
+    teacher = read_yaml(path).get("teacher")
+    return None if teacher is None else str(teacher)
 
 
 def transformer_config(name: str) -> dict[str, Any]:
@@ -257,6 +286,8 @@ def _print_plan(described: Mapping[str, Any]) -> None:
         f"{len(described['blocks'])} blocks from {teacher['blocks']}, {student:,} parameters "
         f"from {teacher['parameters']:,} ({student / teacher['parameters']:.1%})"
     )
+    if described["assumed"] is not None:
+        console.print(described["assumed"])
     console.print(
         f"memory in bfloat16: {memory(described['memory']['weights'])} to hold it "
         f"(teacher {memory(teacher['memory']['weights'])}), "

@@ -219,6 +219,11 @@ def load_plan(path: str | Path) -> Plan:
         raise PlanError(f"{path}: neither JSON nor YAML: {' '.join(str(error).split())}") from error
     if isinstance(data, Mapping) and "plan" in data:
         return plan_of(data["plan"], f"{path}: plan")
+    if isinstance(data, Mapping) and "teacher" in data:
+        raise PlanError(
+            f"{path}: this recipe names no plan, its sweep finds one; give the folder of a student "
+            "that the sweep has published, or a plan"
+        )
     return plan_of(data, str(path))
 
 
