@@ -28,7 +28,9 @@ Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
 Size = Annotated[
     int | None,
     typer.Option(
-        help="Pixels a side; by default what the model was made for.", min=16, show_default=False
+        help="Pixels a side, a multiple of 16; by default what the model was made for.",
+        min=16,
+        show_default=False,
     ),
 ]
 
@@ -62,6 +64,7 @@ def generate(
     with endings():
         if out.suffix.lower() != ".png":
             raise ModelError(f"--out {out}: must end in .png")
+        check_size(size)
         folder = local_model(model)
         pipeline = load(folder)
         from trainers.evaluate import generate as draw
@@ -87,6 +90,7 @@ def judge(
     Example: espalier judge runs/best/50pct --per-family 50
     """
     with endings():
+        check_size(size)
         folder = local_model(model)
         from search.judging import JudgeConfig, captions_for, judge_model
         from trainers.tasks import TASKS
@@ -148,6 +152,18 @@ def plug(
         (out / "espalier.json").write_text(json_text.dumps(said, indent=1) + "\n", "utf-8")
         before, after = (plan_parameters(p, source.config) for p in (plan, larger))
         print(f"{out}  {len(larger.blocks)} blocks, {after:,} parameters (was {before:,})")
+
+
+def check_size(size: int | None) -> None:
+    """ModelError for pixels a side that a pipeline would round to whole tokens."""
+    from trainers.data.sources import TOKEN
+
+    if size is not None and size % TOKEN:
+        below = size - size % TOKEN
+        raise ModelError(
+            f"--size {size}: must be a multiple of {TOKEN}, the pixels of a token; give {below} "
+            f"or {below + TOKEN}"
+        )
 
 
 def parse_span(text: str) -> tuple[int, int]:

@@ -232,6 +232,14 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert "no such folder" in done.stderr
 
 
+@pytest.mark.parametrize("verb", [("generate", "--prompt", "a red circle"), ("judge",)])
+def test_a_size_that_a_pipeline_would_round_is_refused(tmp_path: Path, verb: tuple[str]) -> None:
+    done = espalier(verb[0], tmp_path, *verb[1:], "--size", "50")
+    assert done.exit_code == 1
+    assert "--size 50: must be a multiple of 16" in done.stderr
+    assert "give 48 or 64" in done.stderr
+
+
 def test_interruption_says_how_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit) as caught, endings("espalier sweep a.yaml"):
         raise KeyboardInterrupt

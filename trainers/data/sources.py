@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from storage.errors import EspalierError
 from storage.section import Section
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from storage.store import StoreOptions
 
+TOKEN = 16
+"""Pixels a side of an image token: the eight of the families' autoencoders, two by two."""
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
@@ -62,7 +64,8 @@ class DataConfig(Section):
     """Pictures that no training sees: fidelity is measured on them."""
 
     resolution: PositiveInt = 64
-    """Pixels a side; pictures are cropped to a square around their middle and resized."""
+    """Pixels a side, a multiple of 16; pictures are cropped to a square around their middle and
+    resized."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """In which the encoders run, and in which latents and embeddings are stored."""
@@ -72,6 +75,17 @@ class DataConfig(Section):
 
     batch_size: PositiveInt = 64
     """Pictures that an encoder takes at once."""
+
+    @field_validator("resolution")
+    @classmethod
+    def _of_whole_tokens(cls, resolution: int) -> int:
+        if resolution % TOKEN:
+            below = resolution - resolution % TOKEN
+            raise ValueError(
+                f"must be a multiple of {TOKEN}, the pixels of a token, got {resolution}; set "
+                f"{below or TOKEN} or {below + TOKEN}"
+            )
+        return resolution
 
     @model_validator(mode="after")
     def _a_source_has_a_path(self) -> Self:

@@ -58,7 +58,7 @@ def fill_webdataset(folder: Path, count: int = 5) -> DataConfig:
 
 def config(folder: Path, source: str) -> DataConfig:
     return DataConfig(
-        source=source, path=str(folder), pictures=100, held_out=1, resolution=8, shard=2
+        source=source, path=str(folder), pictures=100, held_out=1, resolution=16, shard=2
     )
 
 
@@ -72,7 +72,7 @@ def test_every_source_gives_its_pairs_whole_and_once(fill, tmp_path: Path):
     for unit in units:
         pictures, captions = read_unit(made, unit, seed=0)
         assert pictures.dtype == np.uint8
-        assert pictures.shape == (len(captions), 8, 8, 3)
+        assert pictures.shape == (len(captions), 16, 16, 3)
         for picture, caption in zip(pictures, captions, strict=True):
             assert caption == f"grey {picture[0, 0, 0]}"
         found += captions
@@ -213,3 +213,8 @@ def test_settings_that_leave_nothing_are_refused():
         DataConfig(source="folder")
     with pytest.raises(ValidationError, match="none to train on"):
         DataConfig(pictures=4, held_out=4)
+
+
+def test_a_resolution_that_cuts_a_token_is_refused():
+    with pytest.raises(ValidationError, match=r"multiple of 16.*got 72; set 64 or 80"):
+        DataConfig(resolution=72)
