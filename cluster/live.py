@@ -44,6 +44,9 @@ class View(Protocol):
     def stop(self, name: str, how: Stop) -> None:
         """The stage has not come to its end."""
 
+    def warn(self, sentence: str) -> None:
+        """Something that stops nothing. Not for stderr, which is kept back while Ray runs."""
+
 
 class StageProgress:
     """What a stage is given to report with: trainers.progress.Progress."""
@@ -75,7 +78,7 @@ def choose_mode(as_json: bool) -> Mode:
 
 class JsonView:
     """One JSON object a line: {"stage", "event": "start" | "progress" | "done" |
-    "failed" | "interrupted", ...}."""
+    "failed" | "interrupted", ...}, and {"event": "warning", "warning"}."""
 
     def __init__(self, out: IO[str]) -> None:
         self._out = out
@@ -95,6 +98,9 @@ class JsonView:
 
     def stop(self, name: str, how: Stop) -> None:
         self._say(stage=name, event=how)
+
+    def warn(self, sentence: str) -> None:
+        self._say(event="warning", warning=sentence)
 
     def _say(self, **event: object) -> None:
         print(json.dumps(event), file=self._out, flush=True)
@@ -128,6 +134,9 @@ class LinesView:
     def stop(self, name: str, how: Stop) -> None:
         self._say(f"{name:<8} {how}")
 
+    def warn(self, sentence: str) -> None:
+        self._say(f"espalier: {sentence}")
+
     def _say(self, line: str) -> None:
         print(line, file=self._out, flush=True)
 
@@ -135,9 +144,15 @@ class LinesView:
 class TerminalView:
     """The table that rich keeps in place: a row a stage, the running one with a bar."""
 
-    def __init__(self, stages: Sequence[str], refresh: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        stages: Sequence[str],
+        refresh: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
         self._rows: dict[str, tuple[str, str]] = dict.fromkeys(stages, ("waiting", ""))
         self._refresh = refresh
+        self._say = say
         self._running: tuple[str, float, int, int, dict[str, Fact]] | None = None
         self._drawn = 0.0
 
@@ -159,6 +174,9 @@ class TerminalView:
 
     def stop(self, name: str, how: Stop) -> None:
         self._end(name, how, "")
+
+    def warn(self, sentence: str) -> None:
+        self._say(f"espalier: {sentence}")
 
     def _end(self, name: str, state: str, summary: str) -> None:
         self._rows[name] = (state, summary)
@@ -190,7 +208,8 @@ class TerminalView:
 def _on_terminal(stages: Sequence[str], out: IO[str]) -> Iterator[View]:
     console = Console(file=out)
     with Live(console=console, refresh_per_second=2) as live:
-        view = TerminalView(stages, lambda: live.refresh())
+        # What the console prints while it is live comes to stand above the table.
+        view = TerminalView(stages, live.refresh, lambda line: console.print(Text(line)))
         live.update(view)
         yield view
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -111,16 +110,16 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
                 record = run_stage(stage, opened, progress)
             view.finish(stage.name, record.summary, record.seconds)
             ran = True
-            _track(trackers)
+            _track(trackers, view)
         if not ran:
             # What they could not be told when it was found.
-            _track(trackers)
+            _track(trackers, view)
 
 
-def _track(trackers: Trackers) -> None:
+def _track(trackers: Trackers, view: View) -> None:
     """Tells the trackers; what they did not take is said, and no reason to stop."""
     for warning in trackers.write():
-        print(f"espalier: {warning}", file=sys.stderr)
+        view.warn(warning)
 
 
 @contextmanager

@@ -3,9 +3,19 @@ from __future__ import annotations
 import io
 import json
 
+import pytest
 from rich.console import Console
 
-from cluster.live import LINE_EVERY, LinesView, TerminalView, duration, live_view, time_left
+from cluster.connect import core_kept_quiet
+from cluster.live import (
+    LINE_EVERY,
+    LinesView,
+    Mode,
+    TerminalView,
+    duration,
+    live_view,
+    time_left,
+)
 
 
 class Clock:
@@ -49,7 +59,7 @@ def test_json_is_an_object_a_line() -> None:
 
 
 def test_the_terminal_shows_every_stage_and_what_runs() -> None:
-    view = TerminalView(["encode", "search", "publish"], lambda: None)
+    view = TerminalView(["encode", "search", "publish"], lambda: None, lambda _: None)
     view.finish("encode", "64 pictures", 3.0)
     view.stage("search").update(5, 20, best=0.031)
     console = Console(file=io.StringIO(), width=120, force_terminal=False)
@@ -57,6 +67,14 @@ def test_the_terminal_shows_every_stage_and_what_runs() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO from above
     for words in ("64 pictures", "3.0 s", "5/20", "best 0.031", "publish", "waiting"):
         assert words in shown
+
+
+@pytest.mark.parametrize("mode", ["live", "lines", "json"])
+def test_a_warning_is_seen_while_stderr_is_kept_back(mode: Mode) -> None:
+    out = io.StringIO()
+    with live_view(mode, ["encode"], out) as view, core_kept_quiet():
+        view.warn("track.mlflow: could not be written to")
+    assert "track.mlflow: could not be written to" in out.getvalue()
 
 
 def test_time_left_is_unknown_before_the_first_step() -> None:

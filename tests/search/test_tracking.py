@@ -290,7 +290,7 @@ def test_a_tracker_that_is_away_is_a_warning_and_gets_what_it_missed_later(
         away = {"mlflow": f"http://127.0.0.1:{nobody.getsockname()[1]}"}
         cut_off = opened(tmp_path, tiny_pipeline, away)
         run_stages(cut_off, [stage_named("report")], as_json=False)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "espalier: track.mlflow: could not be written to (" in said
     assert "the sweep goes on" in said
     assert published(sweep.store, layout.report("tiny")) is not None
