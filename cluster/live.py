@@ -114,15 +114,15 @@ class LinesView:
         self._now = now
 
     def stage(self, name: str) -> StageProgress:
-        started = self._now()
-        last = started
+        last, pace = self._now(), Pace(self._now)
         self._say(f"{name:<8} …")
 
         def show(done: int, total: int, facts: dict[str, Fact]) -> None:
             nonlocal last
+            pace.note(done)
             if self._now() - last >= LINE_EVERY:
                 last = self._now()
-                left = time_left(done, total, last - started)
+                left = pace.left(done, total)
                 self._say(f"{name:<8} {done}/{total} {left} {describe(facts)}".rstrip())
 
         return StageProgress(show)
@@ -153,16 +153,17 @@ class TerminalView:
         self._rows: dict[str, tuple[str, str]] = dict.fromkeys(stages, ("waiting", ""))
         self._refresh = refresh
         self._say = say
-        self._running: tuple[str, float, int, int, dict[str, Fact]] | None = None
+        self._running: tuple[str, float, Pace, int, int, dict[str, Fact]] | None = None
         self._drawn = 0.0
 
     def stage(self, name: str) -> StageProgress:
-        started = time.monotonic()
-        self._running = (name, started, 0, 0, {})
+        started, pace = time.monotonic(), Pace()
+        self._running = (name, started, pace, 0, 0, {})
         self._refresh()
 
         def show(done: int, total: int, facts: dict[str, Fact]) -> None:
-            self._running = (name, started, done, total, facts)
+            pace.note(done)
+            self._running = (name, started, pace, done, total, facts)
             if time.monotonic() - self._drawn >= REDRAW_EVERY:
                 self._drawn = time.monotonic()
                 self._refresh()
@@ -195,10 +196,10 @@ class TerminalView:
                 )
                 table.add_row(Text(name, style=style), Text(state, style=style), summary)
                 continue
-            _, started, done, total, facts = self._running
+            _, started, pace, done, total, facts = self._running
             passed = time.monotonic() - started
             bar = ProgressBar(total=total or None, completed=done, width=24, pulse=not total)
-            words = f"{done}/{total}  {time_left(done, total, passed)}  {describe(facts)}"
+            words = f"{done}/{total}  {pace.left(done, total)}  {describe(facts)}"
             inner = Table.grid(padding=(0, 1))
             inner.add_row(bar, words if total else describe(facts))
             table.add_row(Text(name, style="bold cyan"), duration(passed), inner)
@@ -214,8 +215,29 @@ def _on_terminal(stages: Sequence[str], out: IO[str]) -> Iterator[View]:
         yield view
 
 
+class Pace:
+    """What a stage's units take, by those that were finished since its first report: that may
+    begin with what earlier attempts had finished."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._first: tuple[int, float] | None = None
+
+    def note(self, done: int) -> None:
+        """To be told of every report."""
+        if self._first is None:
+            self._first = (done, self._now())
+
+    def left(self, done: int, total: int) -> str:
+        """The rest of the stage; empty before its second report."""
+        if self._first is None:
+            return ""
+        before, since = self._first
+        return time_left(done - before, total - before, self._now() - since)
+
+
 def time_left(done: int, total: int, passed: float) -> str:
-    """The rest of a stage at the pace so far, empty before its first step."""
+    """The rest of some work at the pace so far, empty before its first step."""
     if done <= 0 or total <= 0:
         return ""
     return f"{duration(passed / done * max(0, total - done))} left"

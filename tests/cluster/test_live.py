@@ -11,6 +11,7 @@ from cluster.live import (
     LINE_EVERY,
     LinesView,
     Mode,
+    Pace,
     TerminalView,
     duration,
     live_view,
@@ -80,6 +81,23 @@ def test_a_warning_is_seen_while_stderr_is_kept_back(mode: Mode) -> None:
 def test_time_left_is_unknown_before_the_first_step() -> None:
     assert time_left(0, 10, 5.0) == ""
     assert time_left(5, 10, 5.0) == "5.0 s left"
+
+
+def test_what_earlier_attempts_finished_makes_nothing_faster() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    assert pace.left(0, 100) == ""
+    pace.note(90)  # as it was found
+    assert pace.left(90, 100) == ""
+    clock.now = 8.0
+    pace.note(92)
+    assert pace.left(92, 100) == "32.0 s left"
+    out = io.StringIO()
+    progress = LinesView(out, clock).stage("encode")
+    progress.update(90, 100)
+    clock.now += 8.0
+    progress.update(92, 100)
+    assert out.getvalue().splitlines()[-1] == "encode   92/100 32.0 s left"
 
 
 def test_durations() -> None:
