@@ -27,7 +27,7 @@ from search.tiers import Candidate, Finalist, Race, Rules, Run
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError
-from storage.manifest import withdraw
+from storage.manifest import published, withdraw
 from storage.section import Section
 from storage.store import Store, StoreOptions
 from trainers.placement import Accelerator, Share
@@ -277,7 +277,14 @@ class Book:
         self._known[run.candidate, run.tier] = outcome or broken
 
     def _read(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
-        return read_outcome(self._grounds.store, self._grounds.job(candidate, tier).prefix)
+        store, job = self._grounds.store, self._grounds.job(candidate, tier)
+        outcome = read_outcome(store, job.prefix)
+        whole = outcome is not None and not outcome.failed and job.until == job.schedule.steps
+        if whole and published(store, job.student) is None:
+            # It was published first: somebody has removed it, and wants it made again.
+            withdraw(store, job.prefix)
+            return None
+        return outcome
 
 
 def recover_finalists(

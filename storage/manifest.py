@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -205,6 +205,14 @@ def commit(
 def published(store: Store, prefix: str) -> Manifest | None:
     """The manifest, or None: the one test of completeness; load, resume, retention ask here."""
     return twice(partial(_published, store, prefix))
+
+
+def all_published(store: Store, prefixes: Sequence[str]) -> bool:
+    """Whether every one of these prefixes has its manifest. Asked of the listings of the prefixes
+    above them, so that hundreds cost a few requests; what is damaged counts as there."""
+    above = {prefix.rpartition("/")[0] for prefix in prefixes}
+    there = {key for prefix in above for key in store.keys(prefix)}
+    return there.issuperset(f"{prefix}/{MANIFEST}" for prefix in prefixes)
 
 
 def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = None) -> Manifest:

@@ -21,7 +21,8 @@ from trainers.worker import stored_plan
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
     config = sweep.config
-    earlier = earlier_plans(sweep)
+    # One that lost replacements is made again for the plans that it was made for.
+    earlier = recorded_earlier(sweep) if LIBRARY.record(sweep) else earlier_plans(sweep)
     report = train_library(
         sweep.teacher,
         nominated(sweep, earlier),
@@ -159,4 +160,9 @@ def library_prefixes(sweep: Sweep) -> dict[BlockPlan, str]:
     return {BlockPlan.model_validate(block): prefix for block, prefix in stored}
 
 
-LIBRARY = Stage(name="library", digest=lambda sweep: sweep.library_digest, run=run)
+LIBRARY = Stage(
+    name="library",
+    digest=lambda sweep: sweep.library_digest,
+    run=run,
+    parts=lambda sweep: list(library_prefixes(sweep).values()),
+)

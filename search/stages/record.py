@@ -1,7 +1,8 @@
 """What a stage of a sweep leaves about itself: that it is done, for what input, and at what cost.
 
 The record is the stage's manifest: it is written last, and a stage counts as done when there is a
-record for its present input. Time of attempts that were cut off is kept beside it as they run.
+record for its present input, and what that says was made is still published. Time of attempts that
+were cut off is kept beside it as they run.
 """
 
 from __future__ import annotations

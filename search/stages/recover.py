@@ -75,4 +75,9 @@ def recoveries_of(sweep: Sweep) -> list[Recovery]:
     return [Recovery.model_validate(recovery) for recovery in stored]
 
 
-RECOVER = Stage(name="recover", digest=lambda sweep: sweep.recover_digest, run=run)
+RECOVER = Stage(
+    name="recover",
+    digest=lambda sweep: sweep.recover_digest,
+    run=run,
+    parts=lambda sweep: [r.student for r in recoveries_of(sweep) if r.state == "complete"],
+)

@@ -151,4 +151,9 @@ def trials_of(sweep: Sweep) -> list[Trial]:
     return trials
 
 
-SEARCH = Stage(name="search", digest=lambda sweep: sweep.search_digest, run=run)
+SEARCH = Stage(
+    name="search",
+    digest=lambda sweep: sweep.search_digest,
+    run=run,
+    parts=lambda sweep: [layout.search(sweep.name)],
+)

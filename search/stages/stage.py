@@ -17,7 +17,7 @@ from search.stages.record import (
     write_record,
 )
 from search.sweep import Sweep, SweepError
-from storage.manifest import published
+from storage.manifest import all_published, published
 from trainers.progress import Progress
 
 StageState = Literal["done", "partial", "missing"]
@@ -42,6 +42,9 @@ class Stage:
     run: Callable[[Sweep, Progress], Outcome]
     shared: Callable[[Sweep], str] | None = None
     """Prefix of an output that belongs to no single sweep; its manifest says that it is there."""
+    parts: Callable[[Sweep], Sequence[str]] = lambda _: ()
+    """Prefixes that its output consists of, once it has come to its end. Each has a manifest of its
+    own: when one is removed, because it was damaged, running the stage again makes it anew."""
     check: Callable[[Sweep], object] | None = None
     """Finds, before any worker starts, what is wrong with the stage's input."""
     wanted: Callable[[Sweep], bool] = lambda _: True
@@ -54,9 +57,10 @@ class Stage:
 
     def state(self, sweep: Sweep) -> StageState:
         if self.shared is not None:
-            if published(sweep.store, self.shared(sweep)) is not None:
-                return "done"
-        elif self.record(sweep) is not None:
+            ended = published(sweep.store, self.shared(sweep)) is not None
+        else:
+            ended = self.record(sweep) is not None
+        if ended and all_published(sweep.store, self.parts(sweep)):
             return "done"
         attempt = read_attempt(sweep.store, sweep.name, self.name)
         begun = attempt is not None and attempt.digest == self.digest(sweep)
@@ -71,6 +75,8 @@ class Stage:
 def run_stage(stage: Stage, sweep: Sweep, shown: Progress) -> StageRecord:
     """Runs a stage that is not done, and records it."""
     digest = stage.digest(sweep)
+    # There when it had come to its end, and a part of its output was removed since.
+    before = stage.record(sweep)
     watch = Stopwatch(sweep.store, sweep.name, stage.name, digest, shown)
     try:
         outcome = stage.run(sweep, watch)
@@ -80,8 +86,8 @@ def run_stage(stage: Stage, sweep: Sweep, shown: Progress) -> StageRecord:
     record = StageRecord(
         stage=stage.name,
         digest=digest,
-        started=watch.started,
-        seconds=round(watch.seconds, 2),
+        started=before.started if before else watch.started,
+        seconds=round(watch.seconds + (before.seconds if before else 0.0), 2),
         workers=sweep.config.workers,
         summary=outcome.summary,
         facts=outcome.facts,

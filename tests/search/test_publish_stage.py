@@ -17,7 +17,7 @@ from search.stages.stage import run_stage
 from search.sweep import Sweep, open_sweep
 from search.trials import Trial, save_trials
 from storage import layout, registry
-from storage.manifest import alike, publish, published
+from storage.manifest import alike, publish, published, withdraw
 from storage.tensors import save_tensors
 from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
@@ -133,6 +133,15 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
     found = status(sweep)
     assert found["registry"][0]["plan_digest"] == student["plan"]
     assert [s["state"] for s in found["stages"]][-2:] == ["done", "done"]
+
+
+def test_what_somebody_removed_is_made_again(sweep: Sweep) -> None:
+    recover, search = stage_named("recover"), stage_named("search")
+    assert (recover.state(sweep), search.state(sweep)) == ("done", "done")
+    withdraw(sweep.store, layout.finalist(sweep.name, "60pct", "first"))
+    assert (recover.state(sweep), search.state(sweep)) == ("missing", "done")
+    withdraw(sweep.store, layout.search(sweep.name))
+    assert search.state(sweep) == "missing"
 
 
 def test_publishing_again_adds_nothing(sweep: Sweep) -> None:

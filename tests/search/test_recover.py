@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from search.recover import RecoverConfig, Recovery, agreements, recover_finalists
-from search.tiers import Finalist
+from search.recover import Book, Grounds, RecoverConfig, Recovery, agreements, recover_finalists
+from search.tiers import Candidate, Finalist
 from storage import layout
-from storage.manifest import publish, read_json
+from storage.manifest import publish, published, read_json, withdraw
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import save_tensors
 from tests.trainers.small import local_ray, small_latents
@@ -23,13 +23,14 @@ from trainers.data.latents import CAPTIONS, TENSORS, EncodedMeta, open_latents, 
 from trainers.distilled import Distilled, Observed
 from trainers.library.library import TENSORS as BLOCK
 from trainers.library.library import library_block
+from trainers.placement import Share
 from trainers.probe import ProbeConfig
 from trainers.recovery import examples_of, recover
 from trainers.schedule import PhaseSpace, ScheduleSpace
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
 from trainers.teacher import Teacher, open_teacher
-from trainers.worker import LOSSES, load_student
+from trainers.worker import LOSSES, RecoveryOutcome, load_student
 
 GOOD = BlockPlan(span=(1, 2), start="library")
 BROKEN = BlockPlan(span=(2, 3), start="library")
@@ -166,6 +167,40 @@ def alone_losses(store: Store, teacher: Teacher, recovery: Recovery) -> list[flo
         report=lambda _, loss: losses.append(loss),
     )
     return losses
+
+
+def test_a_student_that_somebody_removed_is_recovered_again(
+    tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    grounds = Grounds(
+        sweep="tiny",
+        teacher=open_teacher(tiny_pipeline),
+        store=store,
+        options=StoreOptions(),
+        encoding="encoded/tiny",
+        replacements={GOOD: "library/tiny/good"},
+        config=RecoverConfig(tiers=(0.5, 1)),
+        share=Share(1, 0, 1, "cpu"),
+        probe=ProbeConfig(),
+        seed=5,
+    )
+    space = grounds.config.space
+    finalist = Finalist("half", 0, plan_with(GOOD), 1.0)
+    candidate = Candidate(finalist, 0, space.schedule(space.middle()))
+    half, whole = grounds.job(candidate, 0), grounds.job(candidate, 1)
+    for job in (half, whole):
+        outcome = RecoveryOutcome(fidelity_loss=0.5, seconds=1.0, steps=job.until)
+        publish(store, job.prefix, {}, outcome.model_dump(mode="json"))
+    publish(store, whole.student, {})
+    assert all(Book(grounds)(candidate, tier) for tier in (0, 1))
+
+    withdraw(store, whole.student)
+    book = Book(grounds)
+    assert book(candidate, 0) is not None
+    assert book(candidate, 1) is None
+    # Or its workers would take it for done.
+    assert published(store, whole.prefix) is None
 
 
 def prefix_of(recovery: Recovery) -> str:

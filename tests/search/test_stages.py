@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import pytest
 from search.config import SweepConfig
 from search.stages import STAGES, require_earlier, run_stage, skip_stage, stage_named
 from search.stages.library import earlier_plans
-from search.stages.record import read_attempt, read_record
+from search.stages.record import read_attempt, read_record, write_record
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError, open_sweep
 from storage import layout
-from storage.manifest import publish
+from storage.manifest import publish, withdraw
 from storage.registry import Entry, add, entries, remove
+from trainers.data.shards import EncodedMeta, shard_prefix
+from trainers.library.library import ReplacementMeta, replacement_prefix
 from trainers.progress import Progress, silent
 from trainers.students.counts import plan_parameters
 from trainers.students.plan import BlockPlan, Plan
@@ -115,6 +118,62 @@ def test_a_stage_needs_those_before_it(sweep: Sweep) -> None:
         require_earlier([first, second], second, sweep)
     run_stage(first, sweep, silent())
     require_earlier([first, second], second, sweep)
+
+
+def test_time_counts_on_when_a_part_of_the_output_is_made_again(sweep: Sweep) -> None:
+    stage = replace(stage_that(), parts=lambda _: ["work/part"])
+    publish(sweep.store, "work/part", {})
+    first = run_stage(stage, sweep, silent())
+    write_record(sweep.store, sweep.name, first.model_copy(update={"seconds": 60.0}))
+    assert stage.state(sweep) == "done"
+    withdraw(sweep.store, "work/part")
+    assert stage.state(sweep) == "missing"
+    again = run_stage(stage, sweep, silent())
+    assert again.started == first.started
+    assert again.seconds >= 60
+
+
+def test_an_encoding_without_one_of_its_shards_is_not_done(sweep: Sweep) -> None:
+    encode, shards = stage_named("encode"), [shard_prefix(sweep.encoded_prefix, n) for n in (0, 1)]
+    for shard in shards:
+        publish(sweep.store, shard, {})
+    meta = EncodedMeta(shards=2, pictures=8, held_out=2)
+    publish(sweep.store, sweep.encoded_prefix, {}, meta.model_dump(mode="json"))
+    assert encode.state(sweep) == "done"
+    withdraw(sweep.store, shards[1])
+    assert encode.state(sweep) == "missing"
+
+
+def test_a_library_without_one_of_its_replacements_is_made_again_for_the_same_plans(
+    sweep: Sweep,
+) -> None:
+    plan = published_plan(sweep, "other", (0, 1), (2, 3), (4, 5))
+    sweep, library = changed(sweep, plan=plan.model_dump(mode="json")), stage_named("library")
+
+    def put(block: BlockPlan) -> str:
+        training, seed = sweep.config.library.training, sweep.config.seed
+        prefix = replacement_prefix(
+            sweep.teacher.digest, block, training, sweep.encoded_prefix, seed
+        )
+        meta = ReplacementMeta(block=block, damage=0.5)
+        publish(sweep.store, prefix, {}, meta.model_dump(mode="json"))
+        return prefix
+
+    prefixes = [put(block) for block in plan.blocks]
+    first = run_stage(library, sweep, silent())
+    started_from = [["60pct", plan.model_dump(mode="json")]]
+    facts = {**first.facts, "earlier": started_from}
+    write_record(sweep.store, sweep.name, first.model_copy(update={"facts": facts}))
+    assert library.state(sweep) == "done"
+    withdraw(sweep.store, prefixes[1])
+    assert library.state(sweep) == "missing"
+    with pytest.raises(SweepError, match="run `espalier library` first"):
+        require_earlier([library, stage_named("search")], stage_named("search"), sweep)
+
+    put(plan.blocks[1])
+    again = run_stage(library, sweep, silent())
+    assert library.state(sweep) == "done"
+    assert again.facts["earlier"] == started_from
 
 
 def test_a_budget_changes_no_analysis_but_what_is_searched(sweep: Sweep) -> None:

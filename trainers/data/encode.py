@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from storage.digest import digest_json
 from storage.errors import EspalierError
-from storage.manifest import Manifest, publish, published
+from storage.manifest import Manifest, all_published, publish, published
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import save_tensors
-from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
+from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix, shard_prefixes
 from trainers.data.sources import DataConfig, DataError, Unit, list_units, read_unit
 from trainers.placement import Accelerator, Share, share_of
 from trainers.progress import Progress, silent
@@ -52,9 +52,10 @@ def encode(
 
     `workers` processes encode, each with the store opened by its URL and `options`. Raises
     DataError naming the first picture or caption that cannot be used; the shards before it stay.
+    Of an encoding that has lost shards, only those are encoded again.
     """
     done = published(store, prefix)
-    if done is not None:
+    if done is not None and all_published(store, shard_prefixes(prefix, done)):
         return done
     progress = progress or silent()
     units = list_units(config, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from storage.manifest import Manifest
 from storage.section import Section
 
 TENSORS = "tensors.safetensors"
@@ -19,6 +20,12 @@ class EncodedMeta(Section):
     """All pictures, the held-out ones included."""
     held_out: NonNegativeInt
     """How many of them are kept for fidelity."""
+
+
+def shard_prefixes(prefix: str, manifest: Manifest) -> list[str]:
+    """All shards of the encoding under `prefix`, of which that is the manifest."""
+    meta = EncodedMeta.model_validate(manifest.meta)
+    return [shard_prefix(prefix, number) for number in range(meta.shards)]
 
 
 def shard_prefix(prefix: str, number: int) -> str:

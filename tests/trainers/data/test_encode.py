@@ -69,6 +69,17 @@ def test_a_cut_off_encoding_resumes_without_encoding_a_shard_twice(
     watch = Watch()
     encode(teacher, CONFIG, store, PREFIX, progress=watch)
     assert watch.seen == []
+
+    # A shard that somebody removed, since it was damaged, is the only one encoded again.
+    withdraw(store, shard_prefix(PREFIX, 1))
+    watch = Watch()
+    encode(teacher, CONFIG, store, PREFIX, progress=watch)
+    assert watch.seen == [7, 10]
+    again = shard_manifests(tmp_path / "store")
+    assert again.keys() == after.keys()
+    assert [Path(name).parent.name for name in after if again[name] != after[name]] == [
+        "shard-00001"
+    ]
     check_against_the_pipeline(teacher, store, tmp_path / "cache")
 
 
