@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from search.trials import load_trials
+from storage import layout
 from storage.manifest import fetch, published
 from storage.store import open_store
 from trainers.students.plan import load_plan
@@ -107,21 +109,47 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_sweep_killed_in_every_stage_ends_alike(tmp_path: Path) -> None:
-    whole = espalier("sweep", write_config(tmp_path, MINIATURE, str(tmp_path / "whole")))
-    config = write_config(tmp_path, MINIATURE, str(tmp_path / "killed"))
+    # Two schedules: one is measured when the recoveries are cut off, and the other is not.
+    recover = {**TINY["recover"], "schedules": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs = [espalier("sweep", write_config(tmp_path, MINIATURE, str(whole), recover=recover))]
+    config = write_config(tmp_path, MINIATURE, str(killed), recover=recover)
     finished: dict[Path, int] = {}
     for stage in STAGES:
-        kill_in(stage, config)
-        finished |= manifests(tmp_path / "killed")
-    events = espalier("sweep", config)
-    plans = [[s["plan"] for s in run[-1]["students"]] for run in (whole, events)]
-    assert plans[0] == plans[1]
-    now = manifests(tmp_path / "killed")
+        kill_in(stage, config, killed)
+        assert stage not in UNITS or units(killed, stage)
+        finished |= all_units(killed)
+    runs.append(espalier("sweep", config))
+    now = all_units(killed)
     assert {path: now.get(path) for path in finished} == finished
+    plans = [[student["plan"] for student in run[-1]["students"]] for run in runs]
+    assert plans[0] == plans[1]
+    assert fidelity_losses(killed) == pytest.approx(fidelity_losses(whole), rel=1e-3)
 
 
-def kill_in(stage: str, config: Path) -> None:
-    """Starts the sweep and ends it with SIGKILL at the first progress of a stage."""
+UNITS = {
+    "encode": "encoded/*/shard-*/manifest.json",
+    "library": "library/*/*/manifest.json",
+    "search": "sweeps/tiny/search/scores/*.json",
+    "recover": "sweeps/tiny/recovery/*/*/after-*/manifest.json",
+    "publish": "sweeps/tiny/judged/*/manifest.json",
+}
+"""What a stage leaves of each unit of its work; the others are all or nothing."""
+
+
+def units(root: Path, stage: str) -> dict[Path, int]:
+    """When each finished unit of a stage was written."""
+    return {path: path.stat().st_mtime_ns for path in root.glob(UNITS[stage])}
+
+
+def all_units(root: Path) -> dict[Path, int]:
+    """The units of every stage."""
+    return {path: at for stage in UNITS for path, at in units(root, stage).items()}
+
+
+def kill_in(stage: str, config: Path, root: Path) -> None:
+    """Starts the sweep and ends it with SIGKILL as soon as a stage has done something that it must
+    not do again."""
     with subprocess.Popen(
         [*COMMAND, "sweep", str(config), "--json"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -129,17 +157,22 @@ def kill_in(stage: str, config: Path) -> None:
         assert running.stdout is not None
         for line in running.stdout:
             event = json.loads(line) if line.startswith("{") else {}
-            told = event.get("event") == "progress" or stage == "report"
-            if event.get("stage") == stage and (told or event.get("event") == "done"):
+            if event.get("stage") == stage and has_begun(event, root):
                 break
         running.send_signal(signal.SIGKILL)
 
 
-def manifests(root: Path) -> dict[Path, int]:
-    """When each finished replacement, shard and recovery was written."""
-    kept = ("encoded", "library", "sweeps/tiny/recovery")
-    return {
-        path: path.stat().st_mtime_ns
-        for prefix in kept
-        for path in (root / prefix).rglob("manifest.json")
-    }
+def has_begun(event: Mapping[str, Any], root: Path) -> bool:
+    """Whether an event of a stage comes after its first unit; report, which tells no progress, has
+    begun when it starts."""
+    stage = event["stage"]
+    if event["event"] != "progress":
+        return event["event"] == "done" or stage == "report"
+    return event["done"] > 0 and (stage not in UNITS or bool(units(root, stage)))
+
+
+def fidelity_losses(root: Path) -> dict[str, float | None]:
+    """What the search measured, by plan."""
+    trials = load_trials(open_store(str(root)), layout.search("tiny"))
+    assert trials is not None
+    return {trial.plan.digest: trial.fidelity_loss for trial in trials}
