@@ -350,6 +350,18 @@ def test_a_linear_ffn_is_called_so(tmp_path: Path) -> None:
     assert "2 1 0.2" in page.text  # blocks, those of them narrowed, fidelity loss
 
 
+def test_the_blocks_say_how_they_treat_text_where_one_differs_from_the_teacher() -> None:
+    data = whole()
+    first, second = THIRD.blocks
+    held = first.model_copy(update={"text": "projected", "text_map": True})
+    plan = THIRD.model_copy(update={"blocks": (held, second)})
+    half, third = data.students
+    students = (half, dataclasses.replace(third, plan=plan))
+    text = " ".join(Page(render(dataclasses.replace(data, students=students))).text.split())
+    assert text.count("FFN kept text ") == 1
+    assert "0–2 library 100% projected, mapped 1 3–5 library 50% dual" in text
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(812, "812"), (923_648, "924k"), (999_700, "1.00M"), (1_853_504, "1.85M"),
