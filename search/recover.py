@@ -42,7 +42,7 @@ Part = Annotated[float, Field(gt=0, le=1)]
 
 
 class RecoverError(EspalierError):
-    """A budget for which no recovery came through."""
+    """No recovery came through, of any budget."""
 
 
 class RecoverConfig(Section):
@@ -306,8 +306,8 @@ def recover_finalists(
 
     `finalists` are each budget's, best first; beyond `config.finalists` they are a reserve. What is
     finished is found in the store and not repeated, what is unfinished goes on from its latest
-    checkpoint. Ray must be up. A recovery that fails leaves the others alone; RecoverError names a
-    budget of which none came through.
+    checkpoint. Ray must be up. A recovery that fails leaves the others alone, and so does a budget
+    of which none came through, see `lost_budgets`; RecoverError when that is so of every budget.
     """
     progress = progress or silent()
     workers, share = placed(config, accelerator)
@@ -337,14 +337,21 @@ def recover_finalists(
     for recovery in recoveries:
         if recovery.state == "stopped":
             withdraw(store, layout.checkpoint(sweep, recovery.budget, recovery.trial))
-    for budget in by_budget:
+    lost = lost_budgets(recoveries)
+    if len(lost) == len(by_budget):
+        budget, why = next(iter(lost.items()))
+        raise RecoverError(f"budget {budget}: every recovery failed, the last: {why}")
+    return recoveries
+
+
+def lost_budgets(recoveries: Sequence[Recovery]) -> dict[str, str]:
+    """The budgets of which no recovery came through, and why the last one failed."""
+    lost: dict[str, str] = {}
+    for budget in dict.fromkeys(recovery.budget for recovery in recoveries):
         mine = [recovery for recovery in recoveries if recovery.budget == budget]
         if not any(recovery.state == "complete" for recovery in mine):
-            raise RecoverError(
-                f"budget {budget}: every recovery failed, the last: "
-                f"{[r.failed for r in mine if r.failed][-1]}"
-            )
-    return recoveries
+            lost[budget] = [recovery.failed for recovery in mine if recovery.failed][-1]
+    return lost
 
 
 def agreements(recoveries: Sequence[Recovery]) -> list[Agreement]:

@@ -32,7 +32,7 @@ from search.stages.facts import (
 )
 from search.stages.measure import Student, confirm, confirmed, meeting, ratios, told
 from search.stages.place import Site, place
-from search.stages.recover import recoveries_of
+from search.stages.recover import left_out, recoveries_of
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
 from storage import layout
@@ -105,11 +105,11 @@ def judged_of(sweep: Sweep, model: str) -> Judged | None:
 
 
 def _best_recoveries(sweep: Sweep, progress: Progress) -> dict[str, list[Recovery]]:
-    """By budget, those that are judged; `recover` has seen to it that there is one. One that misses
-    a budget of latency or memory, when it is measured whole, gives way to the next."""
-    recoveries = recoveries_of(sweep)
+    """By budget, those that are judged, without the budgets that `recover` left out. One that
+    misses a budget of latency or memory, when it is measured whole, gives way to the next."""
+    recoveries, lost = recoveries_of(sweep), left_out(sweep)
     best: dict[str, list[Recovery]] = {}
-    for target in sweep.targets:
+    for target in (target for target in sweep.targets if target.label not in lost):
         whole = [r for r in recoveries if r.budget == target.label and r.fidelity_loss is not None]
         whole.sort(key=lambda r: r.fidelity_loss or 0.0)
         students: list[Student] = [(r.plan, r.student) for r in whole]
@@ -190,6 +190,10 @@ def _card_facts(sweep: Sweep, finalist: Finalist) -> CardFacts:
     )
 
 
-PUBLISH = Stage(
-    name="publish", digest=lambda sweep: sweep.publish_digest, run=run, placed=lambda _: True
-)
+def _digest(sweep: Sweep) -> str:
+    """Another once a budget that was left out has come through."""
+    lost = left_out(sweep)
+    return digest_json([sweep.publish_digest, *sorted(lost)]) if lost else sweep.publish_digest
+
+
+PUBLISH = Stage(name="publish", digest=_digest, run=run, placed=lambda _: True)

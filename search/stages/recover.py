@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from search.recover import Agreement, Recovery, agreements, recover_finalists
+from search.recover import Agreement, Recovery, agreements, lost_budgets, recover_finalists
 from search.stages.library import library_prefixes
 from search.stages.measure import meeting, ratios, told
 from search.stages.search import trials_of
@@ -36,6 +36,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     for state in ("stopped", "failed"):
         count = sum(recovery.state == state for recovery in recoveries)
         said += f", {count} {state}" if count else ""
+    for budget in lost_budgets(recoveries):
+        said += f"; budget {budget} is left out, every recovery failed"
     agreed = agreements(recoveries)
     if agreed:
         said += "; tiers rank alike (Spearman): " + ", ".join(map(_told, agreed))
@@ -75,9 +77,22 @@ def recoveries_of(sweep: Sweep) -> list[Recovery]:
     return [Recovery.model_validate(recovery) for recovery in stored]
 
 
+def left_out(sweep: Sweep) -> dict[str, str]:
+    """The budgets that stay without a student, and why; none while the stage has yet to run."""
+    return lost_budgets(recoveries_of(sweep)) if RECOVER.record(sweep) else {}
+
+
+def _students(sweep: Sweep) -> list[str]:
+    """Those that the recoveries ended with; of a budget that is left out all that it wanted, so
+    that the stage is tried again when the sweep is."""
+    recoveries = recoveries_of(sweep)
+    lost = lost_budgets(recoveries)
+    return [r.student for r in recoveries if r.state == "complete" or r.budget in lost]
+
+
 RECOVER = Stage(
     name="recover",
     digest=lambda sweep: sweep.recover_digest,
     run=run,
-    parts=lambda sweep: [r.student for r in recoveries_of(sweep) if r.state == "complete"],
+    parts=_students,
 )

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from search.report.gather import gather
 from search.report.page import PAGE, write_report
+from search.stages.publish import PUBLISH
+from search.stages.recover import left_out
 from search.stages.stage import Outcome, Stage
-from search.sweep import Sweep
+from search.sweep import Sweep, SweepError
 from storage import layout
 from storage.digest import digest_json
 from storage.manifest import publish
@@ -16,7 +18,17 @@ from trainers.progress import Progress
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
+    """The last stage: what a sweep has to say against itself is said when all else is done."""
     url = render(sweep, None)
+    lost = left_out(sweep)
+    if lost:
+        each = "; ".join(
+            f"budget {budget}: every recovery failed, {lost[budget]}" for budget in lost
+        )
+        raise SweepError(
+            f"{each}; the other budgets are published and {url} shows them; change `recover`, or "
+            "run the sweep again to try once more"
+        )
     return Outcome(url, {})
 
 
@@ -38,7 +50,7 @@ def shown_url(sweep: Sweep) -> str:
 
 REPORT = Stage(
     name="report",
-    digest=lambda sweep: digest_json([sweep.publish_digest, "report"]),
+    digest=lambda sweep: digest_json([PUBLISH.digest(sweep), "report"]),
     run=run,
     placed=lambda _: True,
 )

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from search.budget import Budget
 from search.config import SweepConfig
 from search.recover import Recovery
 from search.stages import skip_stage, stage_named
 from search.stages.record import StageRecord, write_record
+from search.stages.recover import recoveries_of
 from search.stages.results import results, status
 from search.stages.stage import run_stage
-from search.sweep import Sweep, open_sweep
+from search.sweep import Sweep, SweepError, open_sweep
 from search.trials import Trial, save_trials
 from storage import layout, registry
 from storage.manifest import alike, publish, published, withdraw
@@ -142,6 +144,41 @@ def test_what_somebody_removed_is_made_again(sweep: Sweep) -> None:
     assert (recover.state(sweep), search.state(sweep)) == ("missing", "done")
     withdraw(sweep.store, layout.search(sweep.name))
     assert search.state(sweep) == "missing"
+
+
+def test_a_budget_whose_recoveries_all_failed_leaves_the_others_alone(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    both = sweep.config.model_copy(
+        update={"budgets": (*sweep.config.budgets, Budget.model_validate("80%"))}
+    )
+    recoveries = recoveries_of(sweep)
+    sweep = Sweep(both, sweep.store, sweep.teacher)
+    search(sweep, recoveries[0].plan)
+    failed = [
+        r.model_copy(update={"budget": "80pct", "student": f"none/{r.trial}"})
+        for r in recoveries
+        if r.state == "failed"
+    ]
+
+    def recovered(*others: Recovery) -> None:
+        facts = [r.model_dump(mode="json") for r in (*recoveries, *others)]
+        done(sweep, "recover", {"recoveries": facts})
+
+    recovered(*failed)
+    publish, report = stage_named("publish"), stage_named("report")
+    # It is tried again when the sweep is.
+    assert stage_named("recover").state(sweep) == "missing"
+    record = run_stage(publish, sweep, silent())
+    assert record.facts["students"].keys() == {"60pct"}
+    with pytest.raises(SweepError, match="budget 80pct: every recovery failed, not finite"):
+        run_stage(report, sweep, silent())
+    assert (tmp_path / "runs" / "sweeps" / "tiny" / "report" / "report.html").is_file()
+    assert (publish.state(sweep), report.state(sweep)) == ("done", "partial")
+
+    recovered(recoveries[0].model_copy(update={"budget": "80pct"}))
+    assert stage_named("recover").state(sweep) == "done"
+    assert publish.state(sweep) == "missing"
 
 
 def test_publishing_again_adds_nothing(sweep: Sweep) -> None:
