@@ -62,9 +62,11 @@ def sweep(config: ConfigFile, settings: Settings = [], as_json: Json = False) ->
     with endings(command_line("sweep", config, settings)):
         opened = open_config(config, settings)
         from search.stages import stages_of
+        from search.stages.recover import check_all_came_through
 
         run_stages(opened, stages_of(opened), as_json)
         _say_results(opened, as_json)
+        check_all_came_through(opened)
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -72,10 +74,13 @@ def _stage_command(name: str) -> Callable[..., None]:
         with endings(command_line(name, config, settings)):
             opened = open_config(config, settings)
             from search.stages import STAGES, require_earlier, stage_named
+            from search.stages.recover import RECOVER, check_all_came_through
 
             stage = stage_named(name)
             require_earlier(STAGES, stage, opened)
             run_stages(opened, [stage], as_json)
+            if stage is RECOVER:
+                check_all_came_through(opened)
 
     return command
 

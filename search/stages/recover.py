@@ -82,6 +82,19 @@ def left_out(sweep: Sweep) -> dict[str, str]:
     return lost_budgets(recoveries_of(sweep)) if RECOVER.record(sweep) else {}
 
 
+def check_all_came_through(sweep: Sweep) -> None:
+    """SweepError for budgets that were left out; to be called when all else is done."""
+    lost = left_out(sweep)
+    if lost:
+        each = "; ".join(
+            f"budget {budget}: every recovery failed, {lost[budget]}" for budget in lost
+        )
+        raise SweepError(
+            f"{each}; the other budgets came through; change `recover`, or run the same command "
+            "again to try once more"
+        )
+
+
 def _students(sweep: Sweep) -> list[str]:
     """Those that the recoveries ended with; of a budget that is left out all that it wanted, so
     that the stage is tried again when the sweep is."""

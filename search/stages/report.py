@@ -8,9 +8,8 @@ from pathlib import Path
 from search.report.gather import gather
 from search.report.page import PAGE, write_report
 from search.stages.publish import PUBLISH
-from search.stages.recover import left_out
 from search.stages.stage import Outcome, Stage
-from search.sweep import Sweep, SweepError
+from search.sweep import Sweep
 from storage import layout
 from storage.digest import digest_json
 from storage.manifest import publish
@@ -18,18 +17,7 @@ from trainers.progress import Progress
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
-    """The last stage: what a sweep has to say against itself is said when all else is done."""
-    url = render(sweep, None)
-    lost = left_out(sweep)
-    if lost:
-        each = "; ".join(
-            f"budget {budget}: every recovery failed, {lost[budget]}" for budget in lost
-        )
-        raise SweepError(
-            f"{each}; the other budgets are published and {url} shows them; change `recover`, or "
-            "run the sweep again to try once more"
-        )
-    return Outcome(url, {})
+    return Outcome(render(sweep, None), {})
 
 
 def render(sweep: Sweep, out: Path | None) -> str:
