@@ -135,8 +135,8 @@ class StepConfig(Section):
     def _there(cls, optimizer: str) -> str:
         if optimizer == "adamw8bit" and importlib.util.find_spec("torchao") is None:
             raise ValueError(
-                "adamw8bit needs torchao, which is not installed; run pip install "
-                "'espalier[8bit]', or set adamw"
+                "adamw8bit needs torchao, which is not installed; run pip install -e "
+                "'.[8bit]' in your clone, or set adamw"
             )
         return optimizer
 

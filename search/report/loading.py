@@ -25,7 +25,7 @@ def loading(plan: Plan, url: str, sampling: Mapping[str, int | float], caption: 
     needs = (
         ""
         if plan.depth_only
-        else "import trainers  # pip install espalier: its class holds the narrower FFNs\n"
+        else "import trainers  # pip install -e . in a clone of Espalier; has the narrower FFNs\n"
     )
     return (
         f"{copy}{needs}from diffusers import DiffusionPipeline\n\n"

@@ -47,4 +47,4 @@ class TrackConfig(Section):
     mlflow: Annotated[str, AfterValidator(_tracking_uri)] | None = None
     """MLflow tracking URI, such as `http://host:5000` or `sqlite:///mlflow.db`: an experiment of
     the sweep's name with a run for every trial, recovery, stage and published student. Needs
-    `pip install 'espalier[mlflow]'`; credentials come from MLflow's own variables."""
+    `pip install -e '.[mlflow]'` in a clone; credentials come from MLflow's own variables."""

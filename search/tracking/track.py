@@ -30,8 +30,8 @@ class Trackers:
         if config.mlflow is not None:
             if not mlflow.installed():
                 raise TrackError(
-                    "track.mlflow: MLflow is not installed here; install it with "
-                    "pip install 'espalier[mlflow]', or leave the key out"
+                    "track.mlflow: MLflow is not installed here; run pip install -e '.[mlflow]' in "
+                    "your clone, or leave the key out"
                 )
             self._write["mlflow"] = partial(mlflow.write, uri=config.mlflow, experiment=sweep.name)
 

@@ -332,7 +332,9 @@ def test_the_loading_lines_are_python(url: str) -> None:
 
 def test_a_narrowed_student_says_what_it_needs() -> None:
     narrow = Plan(family="qwen_image", teacher_blocks=1, blocks=(BlockPlan(span=(0, 0), ffn=0.5),))
-    assert loading(narrow, "x", {}, "a").startswith("import trainers  # pip install espalier")
+    assert loading(narrow, "x", {}, "a").startswith(
+        "import trainers  # pip install -e . in a clone"
+    )
 
 
 def test_a_linear_ffn_is_called_so(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def test_mlflow_must_be_installed_when_it_is_asked_for(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(TrackError, match=r"pip install 'espalier\[mlflow\]'"):
+    with pytest.raises(TrackError, match=r"pip install -e '\.\[mlflow\]'"):
         Trackers(sweep)
 
 

@@ -295,7 +295,7 @@ def test_moments_in_8_bits_take_less_learn_nearly_the_same_and_go_on_exactly(
 
 def test_8_bits_without_torchao_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="adamw8bit needs torchao"):
+    with pytest.raises(ValueError, match=r"adamw8bit needs torchao.*pip install -e '\.\[8bit\]'"):
         StepConfig(optimizer="adamw8bit")
 
 
