@@ -8,14 +8,15 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
+from search.budget import Budget
 from storage.errors import EspalierError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -149,17 +150,44 @@ def known_names(section: type[BaseModel], place: Sequence[int | str]) -> list[st
             if part not in fields:  # a union's tag: the models it may mean are tried below
                 continue
             current = fields[part].annotation
-        current = _model_within(current) or current
+        current = model_within(current) or current
     return sorted(current.model_fields) if _is_model(current) else []
 
 
-def _model_within(annotation: Any) -> type[BaseModel] | None:
+class Key(NamedTuple):
+    """A key that a configuration may have."""
+
+    path: str
+    """As in --set; `[]` follows a key that takes a list of sections."""
+    default: JsonValue
+    required: bool
+    section: bool
+    """Whether it only holds other keys, which follow it."""
+    text: str
+
+
+def keys_of(section: type[BaseModel], above: str = "") -> Iterator[Key]:
+    """Every key of a section and of those within it, as its fields are documented."""
+    for name, field in section.model_fields.items():
+        inner = model_within(field.annotation)
+        if inner is Budget:  # written as one word
+            inner = None
+        path = above + name + ("[]" if inner and get_origin(field.annotation) is tuple else "")
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        text = " ".join((field.description or "").split())
+        required = field.is_required()
+        yield Key(path, None if inner else default, required, inner is not None, text)
+        if inner is not None:
+            yield from keys_of(inner, f"{path}.")
+
+
+def model_within(annotation: Any) -> type[BaseModel] | None:
     """The first model inside `tuple[Phase, ...]`, `Data | None` and the like."""
     if _is_model(annotation):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple, list, dict, Mapping):
         for inner in get_args(annotation):
-            if (found := _model_within(inner)) is not None:
+            if (found := model_within(inner)) is not None:
                 return found
     return None
 

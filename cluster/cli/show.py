@@ -1,4 +1,4 @@
-"""`espalier status`, `espalier report` and `espalier plan`: what there is, without training."""
+"""`espalier status`, `report`, `plan` and `config`: what there is, without training."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command("status", rich_help_panel=PANEL)(status)
     app.command("report", rich_help_panel=PANEL)(report)
     app.command("plan", rich_help_panel=PANEL)(plan)
+    app.command("config", rich_help_panel=PANEL)(config)
 
 
 def status(config: ConfigFile, settings: Settings = [], as_json: Json = False) -> None:  # noqa: B006  # typer copies it
@@ -137,6 +138,22 @@ def plan(
         _print_plan(described)
         if train:
             print_training(described["training"])
+
+
+def config() -> None:
+    """Print every key that a sweep's YAML file may have, its default and what it means.
+
+    Example: espalier config | less
+    """
+    import textwrap
+
+    from cluster.configfile import keys_of
+    from search.config import SweepConfig
+
+    for key in keys_of(SweepConfig):
+        value = "  (required)" if key.required else f" {json.dumps(key.default)}"
+        print(f"{key.path}:" + ("" if key.section else value))
+        print(textwrap.indent(textwrap.fill(key.text, 92), "    "))
 
 
 def sizes_of(

@@ -13,6 +13,8 @@ from typer.testing import CliRunner, Result
 from cluster.cli.common import StageError, endings, open_config, user_error
 from cluster.cli.main import app
 from cluster.cli.run import run_stages
+from cluster.configfile import keys_of
+from search.config import SweepConfig
 from search.stages import stage_named
 from storage.errors import EspalierError
 from trainers.students.counts import plan_parameters
@@ -184,6 +186,17 @@ def test_a_plan_for_another_teacher_is_refused(tmp_path: Path, tiny_pipeline: Pa
     done = espalier("plan", ppcl_plan(tmp_path), "--teacher", tiny_pipeline)
     assert done.exit_code == 1
     assert "has 6 blocks" in done.stderr
+
+
+def test_every_key_of_a_configuration_is_explained() -> None:
+    keys = list(keys_of(SweepConfig))
+    assert [key.path for key in keys if not key.text] == []
+    shown = espalier("config").output
+    assert "teacher:  (required)\n    The model to compress: " in shown
+    assert "store.endpoint: null\n    Address of an S3-compatible server" in shown
+    assert "recover.space.phases[].loss:  (required)" in shown
+    assert "budgets.count" not in shown
+    assert all(f"{key.path}:" in shown for key in keys)
 
 
 def test_wrong_usage_is_2() -> None:
