@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.recover import Book, Grounds
 from search.study import StatelessSearcher, quiet_tune
 from search.tiers import Race, Run
+from storage.errors import EspalierError
 from trainers.desk import Desk, State
 from trainers.placement import Share
 from trainers.progress import Progress
@@ -91,8 +92,10 @@ class RaceSearcher(StatelessSearcher):
     ) -> None:
         run = self._running.pop(trial_id)
         self._parts.pop(trial_id, None)
-        if error:
-            self._book.ended(run, _reason(result))
+        if error or result is None:
+            self._book.ended(run, "its process was lost")
+        elif "broken" in result:
+            self._book.ended(run, result["broken"])
         else:
             self._book.ended(run)
         self._tell()
@@ -218,7 +221,8 @@ class RecoveryTrial(tune.Trainable):
                 return {"done": True}
             if crew.error is not None:
                 self._crew = None
-                raise crew.error
+                # As a result: of what a trial raises Tune tells its searcher nothing.
+                return {"broken": cause(crew.error), "done": True}
             if state.facts != self._told:
                 self._told = state.facts
                 return {**state.facts, "done": False}
@@ -264,8 +268,18 @@ def run_races(
         ).fit()
 
 
-def _reason(result: Mapping[str, Any] | None) -> str:
-    return str((result or {}).get("error") or "its Ray Train job ended with an error")
+def cause(error: BaseException) -> str:
+    """In one sentence, what a Ray Train job ended with: what a worker raised, and rather what is
+    the user's to mend than that another worker did not answer any more."""
+    failures = getattr(error, "worker_failures", None) or {
+        0: getattr(error, "controller_failure", error)
+    }
+    raised = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
+    for exception in raised:
+        if isinstance(exception, EspalierError):
+            return str(exception)
+    lines = str(raised[0]).strip().splitlines()
+    return f"{type(raised[0]).__name__}: {lines[0]}" if lines else type(raised[0]).__name__
 
 
 def _short(trial: object) -> str:

@@ -8,14 +8,16 @@ from typing import TextIO
 
 import pytest
 from ray import cloudpickle
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.tune.search import Searcher
 
 from search.budget import Target
 from search.proposals import Proposal, Proposals
-from search.racing import RaceSearcher
+from search.racing import RaceSearcher, cause
 from search.score import Score
 from search.study import PATIENCE, PlanSearcher, final, lost, score_json
-from storage.errors import StoreError
+from storage.errors import DamagedError, StoreError
 from tests.search.test_proposals import make_space
 
 
@@ -108,3 +110,12 @@ def test_a_plan_that_was_lost_is_tried_again_under_another_timeout() -> None:
     gone, raised = (Score(float("nan"), 0.0, why) for why in (lost(60.0), "MemoryError: too large"))
     assert [final(gone, 60.0), final(gone, 90.0)] == [True, False]
     assert [final(raised, 90.0), final(Score(0.5, 0.1), 90.0)] == [True, True]
+
+
+def test_of_several_workers_the_one_whose_error_can_be_mended_is_quoted() -> None:
+    gone = UserExceptionWithTraceback(RuntimeError("[gloo] closed by peer\nsomewhere"), "…")
+    damaged = UserExceptionWithTraceback(DamagedError("library/x: cut short"), "…")
+    assert cause(WorkerGroupError("…", {0: gone, 1: damaged})) == "library/x: cut short"
+    assert cause(WorkerGroupError("…", {0: gone})) == "RuntimeError: [gloo] closed by peer"
+    assert cause(ControllerError(ValueError("no room"))) == "ValueError: no room"
+    assert cause(KeyboardInterrupt()) == "KeyboardInterrupt"
