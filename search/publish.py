@@ -21,7 +21,7 @@ from storage import layout
 from storage.digest import digest_json
 from storage.manifest import publish, published
 from storage.registry import Entry, add, entries
-from storage.store import Store
+from storage.store import Store, discard_unfinished
 from trainers.export import pipeline_files
 from trainers.measure import Cost
 from trainers.schedule import Schedule
@@ -114,6 +114,8 @@ def write_model(
         student = dataclasses.replace(facts.student, url=f"{store.url}/{prefix}")
         write_card(dataclasses.replace(facts, student=student), Path(scratch))
         files |= {file.name: file for file in sorted(Path(scratch).iterdir())}
+        # The place is of one recovery of one sweep: no other sweep is writing there.
+        discard_unfinished(store, prefix)
         publish(store, prefix, files, meta)
     return prefix
 

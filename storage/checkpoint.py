@@ -26,7 +26,7 @@ from pydantic import JsonValue
 from storage.errors import DamagedError
 from storage.manifest import MANIFEST, published, read_json, withdraw
 from storage.shards import TensorEntry, TensorFile, plan_shares, publish_shares, write_share
-from storage.store import Store
+from storage.store import Store, discard_unfinished
 from storage.stored import StoredTensors, open_tensors
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def keep_last(store: Store, prefix: str, count: int) -> None:
 
 def clear_unfinished(store: Store, prefix: str) -> None:
     """Remove what saves that were cut off have left; no save may be under way."""
-    for upload in store.unfinished(prefix):
-        store.discard(upload)
+    discard_unfinished(store, prefix)
     for step in _folders(store, prefix) - set(_steps(store, prefix)):
         withdraw(store, _at(prefix, step))
 

@@ -128,6 +128,12 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     return open_folder(url)
 
 
+def discard_unfinished(store: Store, prefix: str) -> None:
+    """Take away what writes under the prefix that were cut off have left; none may be under way."""
+    for write in store.unfinished(prefix):
+        store.discard(write)
+
+
 def check_key(key: str) -> str:
     """The key itself, or `StoreError` unless it is relative, normal and printable."""
     parts = key.split("/")

@@ -22,7 +22,7 @@ from pydantic import JsonValue, NonNegativeInt, PositiveFloat, PositiveInt
 
 from storage.errors import EspalierError
 from storage.section import Section
-from storage.store import Store, StoreOptions, open_store
+from storage.store import Store, StoreOptions, discard_unfinished, open_store
 from trainers.desk import Line, Taken
 from trainers.placement import Share
 from trainers.probe import ProbeConfig
@@ -180,6 +180,8 @@ def run_job(
         if first:
             clear_up(ended)
         return True
+    if first:  # an attempt may have been lost while it stored the student
+        discard_unfinished(store, job.student)
 
     def alive() -> None:
         faulthandler.dump_traceback_later(job.timeout, exit=True)

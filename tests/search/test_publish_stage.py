@@ -20,6 +20,7 @@ from search.sweep import Sweep, SweepError, open_sweep
 from search.trials import Trial, save_trials
 from storage import layout, registry
 from storage.manifest import alike, publish, published, withdraw
+from storage.store import Unfinished
 from storage.tensors import save_tensors
 from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
@@ -180,6 +181,21 @@ def test_a_budget_whose_recoveries_all_failed_leaves_the_others_alone(
     assert stage_named("recover").state(sweep) == "done"
     check_all_came_through(sweep)
     assert {publish.state(sweep), report.state(sweep)} == {"missing"}
+
+
+def test_what_a_killed_publication_left_of_its_model_is_cleared_away(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discarded: list[str] = []
+    left = Unfinished("w", "1", 0.0)
+    monkeypatch.setattr(
+        sweep.store, "unfinished", lambda prefix: [left._replace(key=f"{prefix}/w")]
+    )
+    monkeypatch.setattr(sweep.store, "discard", lambda write: discarded.append(write.key))
+    run_stage(stage_named("publish"), sweep, silent())
+    entry = registry.best(sweep.store, "60pct")
+    assert entry is not None
+    assert discarded == [f"{entry.model}/w"]
 
 
 def test_publishing_again_adds_nothing(sweep: Sweep) -> None:

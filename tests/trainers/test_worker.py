@@ -82,6 +82,28 @@ def test_what_a_job_held_is_let_go_before_the_next(
     assert alive == [0, 0, 0]
 
 
+def test_what_a_lost_attempt_left_of_its_student_is_cleared_away(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = open_store(s3_url)
+    for prefix in ("run/student", "other/student"):
+        store._call("create_multipart_upload", Key=f"{store._prefix}/{prefix}/w")
+    job = worker.RecoveryJob.model_construct(
+        store=store.url, options=StoreOptions(), prefix="run/end", student="run/student", until=9,
+        schedule=SimpleNamespace(steps=9), timeout=1.0,
+    )  # fmt: skip
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    # The watchdog is the first thing that a job starts once it is to run.
+    monkeypatch.setattr("faulthandler.dump_traceback_later", stop)
+    for rank, left in ((1, ["other/student/w", "run/student/w"]), (0, ["other/student/w"])):
+        with pytest.raises(KeyboardInterrupt):
+            worker.run_job(job, rank, 2, lambda facts: None)
+        assert [upload.key for upload in store.unfinished("")] == left
+
+
 @pytest.mark.parametrize(("until", "left"), [(4, True), (9, False)])
 def test_an_attempt_that_was_lost_at_its_very_end_is_only_cleared_up_after(
     tmp_path: Path, until: int, left: bool
