@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -241,7 +242,7 @@ def damage_the_newest_checkpoint(scene: Scene) -> bool:
 
 
 def spoil(scene: Scene) -> bool:
-    spoil_a_step(scene.steps)
+    spoil_a_step(scene.steps, math.nan)
     scene.spoiled = True
     return True
 

@@ -1,5 +1,5 @@
 """Notes every optimizer step that any process takes, so that steps taken twice can be counted, and
-makes one not finite when asked to.
+spoils the loss of one when asked to.
 
 A probe of the tests in Ray's own workers: `ray.init(runtime_env=probing(folder))`. And the command
 with its workers probed, on the cluster of RAY_ADDRESS:
@@ -39,10 +39,9 @@ def note_steps() -> None:
     def train_step(student: Any, teacher: Any, example: Any, phase: Any, *rest: Any) -> float:
         optimizer, mean = rest
         if spoil.exists() and torch.distributed.get_rank() == 0:
+            factor = float(spoil.read_text())
             spoil.unlink()
-            return stepped(
-                student, teacher, example, phase, optimizer, lambda v: mean(v * torch.nan)
-            )
+            return stepped(student, teacher, example, phase, optimizer, lambda v: mean(v * factor))
         return stepped(student, teacher, example, phase, optimizer, mean)
 
     def recover(
@@ -63,9 +62,11 @@ def note_steps() -> None:
     recovery.recover, recovery.train_step = recover, train_step
 
 
-def spoil_a_step(folder: Path) -> None:
-    """The next step that a first rank takes has a loss that is not finite."""
-    (folder / _SPOIL).touch()
+def spoil_a_step(folder: Path, factor: float) -> None:
+    """The loss of the next step that a first rank takes is so many times what it was."""
+    whole = folder / f"{_SPOIL}.new"
+    whole.write_text(str(factor))
+    whole.replace(folder / _SPOIL)
 
 
 @dataclass(frozen=True)

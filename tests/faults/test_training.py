@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from storage.manifest import read_json
 from storage.store import Store, open_store
 from tests.faults.conftest import Row
 from tests.faults.proxy import altered
+from tests.faults.steps import attempts, probing, spoil_a_step
 from tests.faults.test_storage import everything_is_published
 from tests.faults.tiny_recovery import prepare, recover_tiny
 from tests.search.test_recover import STEPS, Killer, alone_losses, prefix_of
@@ -74,6 +78,61 @@ def test_a_worker_is_killed_and_another_run_ends_in_nan(
     assert broken.failed is not None
     assert "not finite" in broken.failed
     row("worker SIGKILLed in a step; NaN in another run", "went on from its checkpoint; NaN told")
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Iterator[Path]:
+    """Where the workers of a local Ray note their steps."""
+    import ray
+
+    folder = tmp_path / "steps"
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        runtime_env=probing(folder),
+    )  # fmt: skip
+    yield folder
+    ray.shutdown()
+
+
+@dataclass
+class Spoiler:
+    """Spoils the loss of one step of the second phase."""
+
+    steps: Path
+    factor: float
+    done: bool = False
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        taken = attempts(self.steps)
+        if not self.done and taken and taken[-1].end >= STEPS // 2:
+            spoil_a_step(self.steps, self.factor)
+            self.done = True
+
+
+@pytest.mark.parametrize(
+    ("factor", "loss"), [(math.nan, "is not finite"), (1e4, "rises 10,000 times")]
+)
+def test_a_step_is_spoiled(
+    store: Store, teacher: Teacher, steps: Path, row: Row, factor: float, loss: str
+) -> None:
+    [recovered] = recover_tiny(store, teacher, Spoiler(steps, factor), finalists=1)
+    before, after = attempts(steps)
+    assert before.end >= STEPS // 2
+    assert 0 <= before.end - after.first <= 10  # steps between checkpoints
+    assert after.end == STEPS
+    assert recovered.failed is None
+    # Then on at half the rate.
+    losses, alone = (
+        read_json(store, prefix_of(recovered), LOSSES),
+        alone_losses(store, teacher, recovered),
+    )
+    assert losses[: after.first] == pytest.approx(alone[: after.first], rel=1e-3)
+    assert len(losses) == STEPS
+    assert max(losses[20:]) < 2 * max(alone[20:])
+    load_student(store, recovered.student, teacher)
+    assert checkpoints(store) == []
+    everything_is_published(store)
+    row(f"step whose loss {loss}", "back to a checkpoint, on at half the rate")
 
 
 class Damager(Killer):
