@@ -190,7 +190,7 @@ def run_job(
     Share(job.num_cpus, job.num_gpus, job.threads, cast("Any", job.device)).prepare()
     device = torch.device(job.device)  # the process's own GPU is already the current one
 
-    teacher = open_teacher(job.teacher)
+    teacher = open_teacher(job.teacher, job.options)
     latents = open_latents(store, job.encoding)
     dtype = teacher.weights().dtype
     library = Library(store, dict(job.replacements))
