@@ -63,9 +63,20 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[s
             held[kind] = value
         else:
             quantised = cast("Any", local(value))
-            held[f"{kind}{_CODES}"] = _placed(quantised.codes, parameter)
-            held[f"{kind}{_SCALE}"] = _placed(_scales(quantised), parameter)
+            held[f"{kind}{_CODES}"] = placed(quantised.codes, parameter)
+            held[f"{kind}{_SCALE}"] = placed(_scales(quantised), parameter)
     return held
+
+
+def placed(held: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's rows of a tensor that is sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return held
+    shape = torch.Size((len(parameter), *held.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        held, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+    )
 
 
 def set_moments(
@@ -107,7 +118,8 @@ def _scales(quantised: Any) -> Tensor:
 def _quantise(into: Any, codes: Tensor, scales: Tensor, signed: bool) -> None:
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    codes = codes.to(torch.uint8)
+    if not codes.numel():  # more ranks than rows
+        return
     each = scales.repeat_interleave(codes.numel() // scales.numel(), dim=-1).reshape(codes.shape)
     if type(into) is not Tensor:
         blocks = each.view(-1, into.block_size)
@@ -118,14 +130,3 @@ def _quantise(into: Any, codes: Tensor, scales: Tensor, signed: bool) -> None:
     # The blocks lie otherwise, or the shard is too small to be quantised.
     qmap = OptimState8bit.zeros((256,), signed, device=codes.device).qmap
     into.copy_(qmap[codes.long()] * each)
-
-
-def _placed(held: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This rank's rows of a tensor that is sharded as a parameter is."""
-    if not isinstance(parameter, DTensor):
-        return held
-    shape = torch.Size((len(parameter), *held.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        held, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
-    )

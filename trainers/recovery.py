@@ -24,9 +24,9 @@ from storage.errors import EspalierError
 from storage.shards import dtypes
 from storage.stored import StoredTensors
 from trainers.data.latents import Latents, shares, training_inputs
-from trainers.distilled import Distilled, Observed, detached, joined
+from trainers.distilled import Distilled, Observed, detached, joined, local
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
-from trainers.optimizer import make_optimizer, moments, rate_at, set_moments, set_rate
+from trainers.optimizer import make_optimizer, moments, placed, rate_at, set_moments, set_rate
 from trainers.schedule import Phase, Schedule, StepConfig
 from trainers.students.families.base import Inputs, State
 
@@ -397,17 +397,21 @@ def read_held(student: Distilled, stored: StoredTensors) -> dict[str, Tensor]:
         _, _, name = key.partition("/")
         if key.startswith(_OPTIMIZER):
             parameter = parameters[name.partition("/")[2]].detach()
-            like = entry.shape == tuple(parameter.shape) and parameter.dim() > 0
-            made[key] = (
-                torch.empty_like(parameter)
-                if like
-                else torch.empty(entry.shape, dtype=dtypes()[entry.dtype], device=parameter.device)
-            )
+            made[key] = _room(parameter, entry.shape, dtypes()[entry.dtype])
         elif key.startswith(_AVERAGE):
             averages[name] = torch.empty_like(parameters[name].detach())
     student.average = averages or None
     stored.fill({**held_tensors(student, None), **made})
     return made
+
+
+def _room(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """For a moment; one that has as many rows as its parameter is sharded by them like it, as the
+    scales of quantised moments are, which are narrower."""
+    if parameter.dim() == 0 or shape[:1] != parameter.shape[:1]:
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+    mine = (len(local(parameter)), *shape[1:])
+    return placed(torch.empty(mine, dtype=dtype, device=parameter.device), parameter)
 
 
 def full(tensor: Tensor) -> Tensor:

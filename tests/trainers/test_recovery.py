@@ -7,14 +7,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from storage.checkpoint import Saver
+from storage.store import open_store
+from storage.stored import open_tensors
 from trainers.data.latents import Latents, Shard
-from trainers.distilled import Distilled, Observed, compile_blocks, detached
+from trainers.distilled import Distilled, Observed, compile_blocks, detached, local
 from trainers.losses import span_loss
 from trainers.optimizer import make_optimizer, moments, set_moments, set_rate
 from trainers.recovery import (
@@ -28,6 +36,7 @@ from trainers.recovery import (
     batch_numbers,
     examples_of,
     held_tensors,
+    read_held,
     recover,
     recover_steadily,
     restore_weights,
@@ -280,8 +289,8 @@ def test_moments_in_8_bits_take_less_learn_nearly_the_same_and_go_on_exactly(
     if shape[1] == 256:
         assert sum(value.nbytes for value in held.values()) < 2 * 0.3 * weight.nbytes
 
-    # As from a checkpoint, whose tensors are of the parameter's dtype.
-    held = {kind: value.to(other.dtype, copy=True) for kind, value in held.items()}
+    # As from a checkpoint.
+    held = {kind: value.clone() for kind, value in held.items()}
     fresh, copied = torch.nn.Parameter(other.detach().clone()), other
     restored = make_optimizer("adamw8bit", [fresh], 1)
     set_moments(restored, {fresh: held})
@@ -291,6 +300,35 @@ def test_moments_in_8_bits_take_less_learn_nearly_the_same_and_go_on_exactly(
         parameter.grad = torch.sin(parameter.detach())
         optimizer.step()
     assert torch.equal(fresh, copied)
+
+
+def test_moments_are_read_as_the_rows_of_their_weights_are_sharded(tmp_path: Path) -> None:
+    """By the second of two ranks, of which the first is not there: reading sends nothing."""
+    weight = torch.randn(6, 512)
+    stored = {
+        "student/weight": weight,
+        "optimizer/step/weight": torch.tensor(3.0),
+        "optimizer/exp_avg/weight": torch.randn(6, 512),
+        "optimizer/exp_avg_sq.codes/weight": torch.randint(256, (6, 512), dtype=torch.uint8),
+        "optimizer/exp_avg_sq.scale/weight": torch.rand(6, 2),
+    }
+    saver = Saver(open_store(str(tmp_path)), "run")
+    saver.save(1, stored, None)
+    saver.finish()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        student = nn.Linear(512, 6, bias=False)
+        student.average = None  # type: ignore[assignment]  # as a student without one
+        fully_shard(student, mesh=init_device_mesh("cpu", (2,)))
+        found = read_held(student, open_tensors(open_store(str(tmp_path)), "run/step-000000001"))  # type: ignore[arg-type]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(local(student.weight.detach()), weight[3:])
+    assert found.keys() == stored.keys() - {"student/weight"}
+    for name, moment in found.items():
+        expected = stored[name] if name == "optimizer/step/weight" else stored[name][3:]
+        assert local(moment).dtype == expected.dtype, name
+        assert torch.equal(local(moment), expected), name
 
 
 def test_8_bits_without_torchao_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
