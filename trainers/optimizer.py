@@ -82,7 +82,8 @@ def placed(held: Tensor, parameter: Tensor) -> Tensor:
 def set_moments(
     optimizer: torch.optim.Optimizer, held: Mapping[nn.Parameter, Mapping[str, Tensor]]
 ) -> None:
-    """Gives an optimizer that has not stepped yet what `moments` said, sharded alike.
+    """Gives an optimizer that has not stepped yet what `moments` said, sharded alike. The tensors
+    become its own where they can: a copy may not fit beside them.
 
     Quantised moments are the very same where their blocks are, else quantised anew.
     """
@@ -103,7 +104,7 @@ def set_moments(
             elif kind in state:
                 local(state[kind]).copy_(local(value))
             elif not kind.endswith(_SCALE):
-                state[kind] = value.clone()
+                state[kind] = value
 
 
 def _scales(quantised: Any) -> Tensor:

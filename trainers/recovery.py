@@ -68,8 +68,9 @@ class Start:
     at: Position
     losses: Sequence[float] = ()
     """Of all steps so far."""
-    optimizer_tensors: Mapping[str, Tensor] | None = None
-    """What `held_tensors` gave, when `at` is inside a phase."""
+    optimizer_tensors: dict[str, Tensor] | None = None
+    """The moments that `held_tensors` gave, when `at` is inside a phase. Who goes on from here
+    takes them out: kept here as well, they would be in memory to the end."""
     rollbacks: int = 0
     """How often training had gone back before."""
 
@@ -135,7 +136,7 @@ def recover(
     past: Sequence[float] = (),
     rate: float = 1.0,
     spike: float | None = None,
-    optimizer_tensors: Mapping[str, Tensor] | None = None,
+    optimizer_tensors: dict[str, Tensor] | None = None,
     save: Save = lambda at, student, optimizer: None,
     report: Callable[[Position, float], None] = lambda at, loss: None,
     mean: Mean = lambda value: value,
@@ -144,8 +145,9 @@ def recover(
 
     The schedule's learning rates are multiplied by `rate`. A loss `spike` times the median of those
     before it, of which `past` has the ones before `at`, raises LossSpikeError.
-    `optimizer_tensors` continues inside a phase: what `held_tensors` gave there. `report` gets each
-    step's position and loss; `mean` averages over the ranks, when there are several.
+    `optimizer_tensors` continues inside a phase: what `held_tensors` gave there, of which the
+    moments are taken out and become the optimizer's own. `report` gets each step's position and
+    loss; `mean` averages over the ranks, when there are several.
     Raises NanLossError, naming phase and step, on every rank alike.
     """
     until = schedule.steps if until is None else until
@@ -372,18 +374,18 @@ def restore_weights(student: Distilled, tensors: Mapping[str, Tensor]) -> None:
 
 
 def restore_optimizer(
-    student: Distilled, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    student: Distilled, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Puts held moments into an optimizer that has not stepped yet."""
+    """Moves held moments out of `tensors` into an optimizer that has not stepped yet."""
     names = {parameter: name for name, parameter in student.named_parameters()}
     kinds = sorted({key.split("/")[1] for key in tensors if key.startswith(_OPTIMIZER)})
     held: dict[nn.Parameter, dict[str, Tensor]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             for kind in kinds:
-                value = tensors.get(f"{_OPTIMIZER}{kind}/{names[parameter]}")
+                value = tensors.pop(f"{_OPTIMIZER}{kind}/{names[parameter]}", None)
                 if value is not None:  # a parameter that never had a gradient has no moments
-                    held.setdefault(parameter, {})[kind] = value.clone()
+                    held.setdefault(parameter, {})[kind] = value
     set_moments(optimizer, held)
 
 

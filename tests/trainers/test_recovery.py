@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -181,6 +183,36 @@ def test_an_interrupted_run_continues_to_the_last_bit(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
+
+
+class StoppedError(Exception):
+    """Ends a run at a step."""
+
+
+def test_what_a_run_goes_on_from_is_in_memory_once(teacher: nn.Module, latents: Latents) -> None:
+    cut = Position(1, 2)
+    whole = Run(teacher, latents, keep=cut).go()
+    student = Run(teacher, latents).student
+    restore_weights(student, whole.kept)
+    start = Start(cut, optimizer_tensors=whole.kept)
+    read = [t for name, t in whole.kept.items() if name.startswith("optimizer/")]
+    places, alive = {tensor.data_ptr() for tensor in read}, [weakref.ref(tensor) for tensor in read]
+    del read
+
+    def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
+        held = [t for p in student.parameters() for t in moments(optimizer, p).values()]
+        assert {tensor.data_ptr() for tensor in held} == places
+        del held
+        optimizer.state.clear()
+        gc.collect()
+        assert [tensor() for tensor in alive if tensor() is not None] == []
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        recover(
+            student, Observed(FAMILY, teacher), examples_of(latents, seed=3), SCHEDULE, start.at,
+            optimizer_tensors=start.optimizer_tensors, save=save,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("reuse", "start"), [(1, 0), (1, 11), (2, 0), (2, 13), (3, 21)])
@@ -527,8 +559,11 @@ class Fragile:
 
     def go_back(self) -> Start:
         self.losses[:] = self.kept.losses
-        restore_weights(self.student, self.kept.optimizer_tensors or self.first)
-        return self.kept
+        held = self.kept.optimizer_tensors
+        restore_weights(self.student, held or self.first)
+        # Who goes on takes them out, and training may come back here once more.
+        again = held and {name: tensor.clone() for name, tensor in held.items()}
+        return replace(self.kept, optimizer_tensors=again)
 
 
 NAN = float("nan")
