@@ -147,14 +147,15 @@ def latest_checkpoint(
     prefix: str,
     load: Callable[[Checkpoint], None],
     agree: Callable[[int], int] = lambda value: value,
+    below: int = sys.maxsize,
 ) -> Checkpoint | None:
-    """Load the newest checkpoint that is whole, and return it; None when there is none.
+    """Load the newest checkpoint of a step `below` that is whole, and return it; None when there is
+    none.
 
     `load` reads from it what this rank needs; one that turns out damaged at any rank is passed over
     with a warning. `agree` is the least of all ranks' values, when there are several; all call it
     equally often.
     """
-    below = sys.maxsize
     while True:
         step = agree(max((s for s in _steps(store, prefix) if s < below), default=-1))
         if step < 0:
@@ -186,6 +187,13 @@ def keep_last(store: Store, prefix: str, count: int) -> None:
     for step in _folders(store, prefix):
         if kept and step < kept[0]:
             withdraw(store, _at(prefix, step))
+
+
+def withdraw_from(store: Store, prefix: str, step: int) -> None:
+    """Withdraw the checkpoints of this step and of later ones; no save may be under way."""
+    for found in _folders(store, prefix):
+        if found >= step:
+            withdraw(store, _at(prefix, found))
 
 
 def clear_unfinished(store: Store, prefix: str) -> None:

@@ -128,7 +128,8 @@ class StepConfig(Section):
 
     rollbacks: NonNegativeInt = 2
     """How often a recovery goes back to its latest checkpoint after such a loss, and on at half the
-    rate. Then a loss that is not finite ends it, and spikes pass."""
+    rate; to the one before it when it has not come to another meanwhile. Then a loss that is not
+    finite ends it, and spikes pass."""
 
     @field_validator("optimizer")
     @classmethod

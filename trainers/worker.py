@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -145,7 +146,7 @@ def run_job(
 
     import torch
 
-    from storage.checkpoint import Checkpoint, Saver, latest_checkpoint
+    from storage.checkpoint import Checkpoint, Saver, latest_checkpoint, withdraw_from
     from storage.manifest import publish, withdraw
     from trainers.data.latents import open_latents
     from trainers.distilled import CALLED
@@ -202,6 +203,8 @@ def run_job(
     losses: list[float] = []
     before = 0.0
     rollbacks = 0
+    gone_back: int | None = None
+    """The step that training went back to, if it has not saved a checkpoint since."""
     token = _token()
     saver = Saver(
         store, job.checkpoints, rank=rank, world=world, token=token, keep=job.keep_checkpoints
@@ -210,7 +213,7 @@ def run_job(
     def on_all_ranks(found: bool) -> bool:
         return _mean_over_ranks(torch.tensor(float(found), device=device)).item() == 1
 
-    def latest() -> Start | None:
+    def latest(below: int) -> Start | None:
         nonlocal before
         saver.finish()
         tensors: dict[str, Tensor] = {}
@@ -221,7 +224,7 @@ def run_job(
             tensors.clear()  # of a newer checkpoint that another rank found damaged
             tensors.update(read_held(student, checkpoint.tensors))
 
-        checkpoint = latest_checkpoint(store, job.checkpoints, load, _least_over_ranks)
+        checkpoint = latest_checkpoint(store, job.checkpoints, load, _least_over_ranks, below)
         if checkpoint is None:
             return None
         state = cast("dict[str, Any]", checkpoint.state)
@@ -230,8 +233,8 @@ def run_job(
         rollbacks = state.get("rollbacks", 0)
         return Start(Position(*state["at"]), tuple(losses), tensors, rollbacks)
 
-    def go_back() -> Start:
-        start = latest()
+    def start_from(below: int = sys.maxsize) -> Start:
+        start = latest(below)
         if start is None and not on_all_ranks(untouched):
             losses.clear()
             student.average = None
@@ -239,7 +242,19 @@ def run_job(
             fill_student(student.student, job.plan, blocks, library)
         return start or Start(Position())
 
-    start = go_back()
+    def go_back() -> Start:
+        nonlocal gone_back
+        if gone_back is None:
+            start = start_from()
+        else:
+            # That one may hold what training diverges from: then it does so again at any rate.
+            if first:
+                withdraw_from(store, job.checkpoints, gone_back)
+            start = start_from(below=gone_back)
+        gone_back = start.at.done(job.schedule)
+        return start
+
+    start = start_from()
     untouched = False
     started = time.monotonic()
     every = max(1, job.until // _REPORTS)
@@ -257,6 +272,7 @@ def run_job(
             tell({"step": done, "steps": job.until, "phase": at.phase, "loss": loss_now})
 
     def save(at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
+        nonlocal gone_back
         done, leaving = at.done(job.schedule), notice.given()
         due = done != total and (done % job.checkpoint_every == 0 or done == job.until)
         if not due and not leaving:
@@ -268,6 +284,7 @@ def run_job(
             "rollbacks": rollbacks,
         }  # fmt: skip
         saver.save(done, held, cast("JsonValue", state))
+        gone_back = None
         if leaving:
             saver.finish()
             raise LeavingError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import storage.checkpoint
-from storage.checkpoint import Checkpoint, Saver, keep_last, latest_checkpoint
+from storage.checkpoint import Checkpoint, Saver, keep_last, latest_checkpoint, withdraw_from
 from storage.errors import StoreError
 from storage.store import open_store
 
@@ -84,6 +84,20 @@ def test_one_rank_that_finds_damage_takes_all_to_the_checkpoint_before(store):
     found = latest_checkpoint(store, "run", lambda c: None, lambda value: next(answers))
     assert isinstance(found, Checkpoint)
     assert found.step == 1
+
+
+def test_what_training_went_back_before_does_not_count_any_more(store):
+    for step in (1, 2, 3):
+        save(store, step)
+    store.write("run/step-000000004/state.json", b"")
+    withdraw_from(store, "run", 3)
+    assert {key.split("/")[1] for key in store.keys("run")} == {
+        "step-000000001", "step-000000002",
+    }  # fmt: skip
+    found = latest_checkpoint(store, "run", lambda c: None, below=2)
+    assert found is not None
+    assert found.step == 1
+    assert latest_checkpoint(store, "run", lambda c: None, below=1) is None
 
 
 def test_an_unfinished_save_does_not_count(store):

@@ -1,21 +1,32 @@
-"""What the workers of a Ray Train job do between one recovery and the next; the recoveries
-themselves are in tests/search/test_recover.py."""
+"""What the workers of a Ray Train job do between one recovery and the next, and where they go back
+to; recoveries on Ray Train itself are in tests/search/test_recover.py."""
 
 from __future__ import annotations
 
+import faulthandler
 import gc
+import math
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.train
+import torch
+import torch.distributed
 
+from storage import layout
 from storage.manifest import publish
 from storage.store import StoreOptions, open_store
-from trainers import worker
+from tests.search.test_recover import plan_with, put_latents
+from trainers import recovery, worker
 from trainers.desk import Taken
+from trainers.distilled import Distilled, local
+from trainers.probe import ProbeConfig
+from trainers.schedule import Phase, Schedule, StepConfig
+from trainers.students.plan import BlockPlan
 
 
 class Model:
@@ -120,3 +131,56 @@ def test_an_attempt_that_was_lost_at_its_very_end_is_only_cleared_up_after(
         assert worker.run_job(job, rank, 2, lambda facts: None) is True
     # Who may still go on from there needs its checkpoint.
     assert bool(list(store.keys("run/checkpoints"))) is left
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The process group of the only worker, which nobody gives notice."""
+    monkeypatch.setattr("trainers.notice._ASK_SECONDS", math.inf)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("kept", "again"), [(2, 6), (1, 8)], ids=["before it", "the start"])
+def test_from_a_checkpoint_that_is_spoiled_itself_training_goes_back_to_the_one_before(
+    group: None,
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: int,
+    again: int,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store, steps = open_store(str(tmp_path / "store")), 8
+    put_latents(store)
+    where = ("tiny", "half", "0-0")
+    phase = Phase(loss="diffusion", train="all", steps=steps, lr=1e-3, batch_size=4, warmup=0)
+    job = worker.RecoveryJob(
+        teacher=str(tiny_pipeline), store=store.url, options=StoreOptions(),
+        encoding="encoded/tiny", replacements=(), plan=plan_with(BlockPlan(span=(1, 2))),
+        schedule=Schedule(phases=(phase,)), step=StepConfig(rollbacks=2), until=steps,
+        probe=ProbeConfig(pictures=2, timesteps=2), seed=5, probe_seed=5,
+        prefix=layout.measured(*where, steps), checkpoints=layout.checkpoint(*where),
+        student=layout.finalist(*where), checkpoint_every=2, keep_checkpoints=kept, timeout=600,
+        shard_teacher=False, num_cpus=1, num_gpus=0, threads=1, device="cpu",
+    )  # fmt: skip
+    train_step, taken = recovery.train_step, []
+
+    def spoiling_the_fourth(student: Distilled, *given: Any) -> float:
+        taken.append(train_step(student, *given))
+        if len(taken) == 4:
+            for parameter in student.parameters():
+                local(parameter.detach()).fill_(math.nan)
+        return taken[-1]
+
+    monkeypatch.setattr(recovery, "train_step", spoiling_the_fourth)
+    assert worker.run_job(job, 0, 1, lambda facts: None) is True
+    outcome = worker.read_outcome(store, job.prefix)
+    assert outcome is not None
+    assert outcome.failed is None
+    assert outcome.steps == steps
+    # The fifth step fails, at once again from the checkpoint before it, and then not any more.
+    assert [math.isfinite(loss) for loss in taken] == [True] * 4 + [False] * 2 + [True] * again
