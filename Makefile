@@ -46,7 +46,7 @@ bench: install ## the figures of benchmarks/README.md (after make demo)
 bench-search: install ## what a search costs, against TPE and ASHA with a student a trial (after make demo)
 	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.search examples/miniature.yaml --trials 2000
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival.run examples/miniature.yaml --out build/rival
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rival.run benchmarks/rival/half.yaml --out build/rival
 
 bench-train: install ## memory and speed of training (the GPU's figures where there is one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.train

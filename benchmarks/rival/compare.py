@@ -27,11 +27,11 @@ def rival_at(rival: Mapping[str, Any], trials: int) -> tuple[float, Reached | No
 
 
 def ours_at(ours: Mapping[str, Any], trials: int) -> list[Reached]:
-    """What we have after so many trials: their best as assembled, and along its recovery."""
+    """What we have after so many trials: their best as assembled, along its recovery."""
     scored = ours["trials"][min(trials, len(ours["trials"])) - 1]
     before = ours["analysis_cpu"] + ours["library_cpu"] + scored["cpu"]
     return [
-        Reached(before + mark["cpu"], mark.get("fidelity", scored["best"]), mark["judge"])
+        Reached(before + mark["cpu"], mark["fidelity"], mark["judge"])
         for mark in ours["recoveries"][scored["plan"]]
     ]
 
@@ -69,30 +69,38 @@ def compare(ours: Mapping[str, Any], rival: Mapping[str, Any]) -> dict[str, Any]
 
 
 def draw(
-    ours: Mapping[str, Any],
-    rivals: Sequence[Mapping[str, Any]],
+    ours: Sequence[Mapping[str, Any]],
+    rival: Mapping[str, Any],
     found: Sequence[Mapping[str, Any]],
     out: Path,
 ) -> None:
-    """Fidelity loss and judge score over cost, and the ratio of costs over trials."""
+    """Fidelity loss and judge score over cost, and the ratio of costs over trials; a line for each
+    of our searches, which `found` holds against the rival."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
     figure, (loss, judge, ratio) = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    mine = ours_at(ours, len(ours["trials"]))
-    loss.plot([r.cpu for r in mine], [r.fidelity for r in mine], "o-", label="Espalier", ms=3)
-    judge.plot([r.cpu for r in mine], [r.judge for r in mine], "o-", ms=3)
-    for rival, rows in zip(rivals, found, strict=True):
-        best = [row["rival"] for row in rows["rows"] if row["rival"]]
-        name = f"TPE + ASHA, {rival['steps']} steps"
-        loss.step([b["cpu"] for b in best], [b["fidelity"] for b in best], where="post", label=name)
-        judge.step([b["cpu"] for b in best], [b["judge"] for b in best], where="post")
+    for number, search in enumerate(ours):
+        mine = ours_at(search, len(search["trials"]))
+        cost = [r.cpu for r in mine]
+        label = None if number else "Espalier, a line a seed"
+        loss.plot(cost, [r.fidelity for r in mine], "C0o-", label=label, ms=3, lw=1)
+        judge.plot(cost, [r.judge for r in mine], "C0o-", ms=3, lw=1)
+    best = [row["rival"] for row in found[0]["rows"] if row["rival"]]
+    name = f"TPE + ASHA, {rival['steps']} steps"
+    cost = [b["cpu"] for b in best]
+    loss.step(cost, [b["fidelity"] for b in best], "C1", where="post", label=name)
+    judge.step(cost, [b["judge"] for b in best], "C1", where="post")
+    for number, rows in enumerate(found):
         reach = [(row["trials"], row["to_reach"]) for row in rows["rows"] if row["to_reach"]]
-        (line,) = ratio.plot(*zip(*reach, strict=True), "o-", ms=3, label="to its quality")
         whole = [(row["trials"], row["in_all"]) for row in rows["rows"]]
-        ratio.plot(*zip(*whole, strict=True), "--", color=line.get_color(), label="all of both")
+        labels = (None, None) if number else ("to its quality", "all of both")
+        ratio.plot(
+            [t for t, _ in reach], [r for _, r in reach], "C0o-", ms=3, lw=1, label=labels[0]
+        )
+        ratio.plot(*zip(*whole, strict=True), "C0--", lw=1, label=labels[1])
     for ax, title in ((loss, "fidelity loss"), (judge, "judge score")):
         ax.set(xscale="log", xlabel="training and scoring, seconds of one core", title=title)
     loss.set_yscale("log")

@@ -20,7 +20,7 @@ from search.space import priced_space
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
 
-MARKS = 12
+MARKS = 3
 """Points of a recovery at which its student is measured and judged."""
 
 
@@ -102,11 +102,11 @@ def run_ours(setting: Setting, limit: int, trials: int, seed: int) -> dict[str, 
 
 
 def recovered(setting: Setting, plan: Plan, weights: Any, seed: int) -> list[dict[str, Any]]:
-    """A plan's student as assembled and on its way through the middle schedule."""
+    """A plan's student on its way through the middle schedule."""
     schedules = setting.sweep.config.recover.space
     schedule = schedules.schedule(schedules.middle())
     student = assemble(setting.teacher, plan, lambda block: weights[block])
-    found: list[dict[str, Any]] = [{"steps": 0, "cpu": 0.0, "judge": judged(setting, student)}]
+    found: list[dict[str, Any]] = []
 
     def reached(mark: Mark) -> None:
         found.append({**mark._asdict(), "judge": judged(setting, student)})

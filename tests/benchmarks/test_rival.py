@@ -19,9 +19,8 @@ OURS: dict[str, Any] = {
         {"cpu": 2.0, "best": 0.1, "plan": "b"},
     ],
     "recoveries": {
-        "a": [{"steps": 0, "cpu": 0.0, "judge": 0.3}],
+        "a": [{"steps": 10, "cpu": 8.0, "judge": 0.3, "fidelity": 0.4}],
         "b": [
-            {"steps": 0, "cpu": 0.0, "judge": 0.5},
             {"steps": 5, "cpu": 4.0, "judge": 0.7, "fidelity": 0.05},
             {"steps": 10, "cpu": 8.0, "judge": 0.9, "fidelity": 0.02},
         ],
@@ -51,7 +50,6 @@ def test_a_search_pays_for_the_trials_that_were_stopped() -> None:
 
 def test_our_students_cost_everything_before_them() -> None:
     assert [tuple(reached) for reached in ours_at(OURS, 9)] == [
-        (12.0, 0.1, 0.5),
         (16.0, 0.05, 0.7),
         (20.0, 0.02, 0.9),
     ]
@@ -59,8 +57,8 @@ def test_our_students_cost_everything_before_them() -> None:
 
 def test_only_a_student_as_good_in_both_counts_as_reaching() -> None:
     mine = ours_at(OURS, 2)
-    assert cheapest(mine, 0.05, 0.6) == mine[1]
-    assert cheapest(mine, 0.05, 0.8) == mine[2]
+    assert cheapest(mine, 0.05, 0.6) == mine[0]
+    assert cheapest(mine, 0.05, 0.8) == mine[1]
     assert cheapest(mine, 0.01, 0.1) is None
     (row,) = compare(OURS, RIVAL)["rows"]
     assert row["to_reach"] == pytest.approx(360 / 20)
