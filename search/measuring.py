@@ -78,7 +78,7 @@ class MeasuringActor(Measurer):
         **arguments: Any,
     ) -> None:
         share.prepare()
-        self._store = open_store(url, options)
+        self._store = open_store(url, options, patient=True)
         self._at = (0, 0)
         latents = open_latents(self._store, encoded)
         transformer = teacher.transformer(device=share.device)

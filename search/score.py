@@ -105,7 +105,7 @@ class Bench:
 
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        store = open_store(self.url, self.options)
+        store = open_store(self.url, self.options, patient=True)
         model = self.teacher.transformer(device=self.device)
         latents = open_latents(store, self.encoding)
         probe = shared_probe(

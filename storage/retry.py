@@ -5,28 +5,38 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Result = TypeVar("Result")
 
-# Waits of up to 0.2, 0.4, 0.8 … 20 s, half of it on average: 8 attempts outlast a store that
-# answers nothing for 12 s; ranks that failed together do not come back together.
+# Waits of up to 0.2, 0.4, 0.8 … 20 s, half of it on average: ranks that failed together do not come
+# back together.
 _FIRST_SECONDS = 0.2
 _LONGEST_SECONDS = 20.0
 
 
+class Patience(NamedTuple):
+    """When to give up: after so many attempts, but not before so many seconds have passed."""
+
+    attempts: int
+    seconds: float
+
+
 def retried(
-    act: Callable[[], Result], passing: Callable[[Exception], bool], attempts: int
+    act: Callable[[], Result], passing: Callable[[Exception], bool], patience: Patience
 ) -> Result:
     """What `act` returns at the first attempt that succeeds.
 
     Raises what the last attempt raised, or at once what `passing` says will not pass by itself.
     """
-    for attempt in range(attempts - 1):
+    begun, left, longest = time.monotonic(), patience.attempts, _FIRST_SECONDS
+    while True:
         try:
             return act()
         except Exception as error:
-            if not passing(error):
+            left -= 1
+            over = left <= 0 and time.monotonic() - begun >= patience.seconds
+            if over or not passing(error):
                 raise
-        time.sleep(random.uniform(0, min(_LONGEST_SECONDS, _FIRST_SECONDS * 2**attempt)))
-    return act()
+        time.sleep(random.uniform(0, longest))
+        longest = min(_LONGEST_SECONDS, 2 * longest)

@@ -34,7 +34,7 @@ from fsspec.asyn import sync
 from s3fs import S3FileSystem
 
 from storage.errors import MissingKey, StoreError
-from storage.retry import retried
+from storage.retry import Patience, retried
 from storage.store import Stored, StoreOptions, Unfinished, check_key
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ _WHOLE = 32 * 2**20
 _PIECE = 8 * 2**20
 # The most of an answer that is copied at a time.
 _RECEIVED = 2**18
-_ATTEMPTS = 8
+# Outlasts a store that is out for five minutes, or lets eight requests wait in vain.
+_PATIENCE = Patience(8, 300.0)
 # A wrong address or network is told within seconds.
-_ATTEMPTS_TO_OPEN = 3
+_TO_OPEN = Patience(3, 0.0)
 
 # Error codes below 500 that pass by themselves. The clock is among them because the wrong time may
 # be a load balancer's, one of several.
@@ -61,8 +62,8 @@ _PASSING |= {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "Operat
 _BROKEN = (HTTPClientError, NotConnected, ResponseParserError, ConnectionBroken, OSError)
 
 
-def open_s3(url: str, options: StoreOptions) -> S3Store:
-    """Open `s3://bucket/prefix` and list it once.
+def open_s3(url: str, options: StoreOptions, patient: bool = False) -> S3Store:
+    """Open `s3://bucket/prefix` and list it once; `patient` as for `open_store`.
 
     Raises `StoreError` when the server cannot be reached, the bucket does not exist or the
     credentials are missing or refused.
@@ -87,7 +88,7 @@ def open_s3(url: str, options: StoreOptions) -> S3Store:
     )
     files.retries = 1
     store = S3Store(files, parts.netloc, prefix)
-    store.probe()
+    store.probe(_PATIENCE if patient else _TO_OPEN)
     return store
 
 
@@ -127,16 +128,11 @@ class S3Store:
     def url(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
 
-    def probe(self) -> None:
+    def probe(self, patience: Patience) -> None:
         """One listing of one key; raises `StoreError` when the store cannot be used."""
         try:
             with self._translated(""):
-                self._call(
-                    "list_objects_v2",
-                    _ATTEMPTS_TO_OPEN,
-                    Prefix=self._prefix,
-                    MaxKeys=1,
-                )
+                self._call("list_objects_v2", patience, Prefix=self._prefix, MaxKeys=1)
         except MissingKey:
             raise self._no_bucket() from None
 
@@ -163,7 +159,7 @@ class S3Store:
         if not buffer:
             return 0  # there is no empty range in HTTP
         with self._translated(key):
-            return retried(read, _passes, _ATTEMPTS)
+            return retried(read, _passes, _PATIENCE)
 
     async def _receive(self, name: str, start: int, buffer: memoryview) -> int:
         """Copy an answer into the buffer as it comes in: s3fs would put it together first."""
@@ -265,7 +261,9 @@ class S3Store:
             self._complete(name, upload, parts, begun)
         except BaseException:
             with suppress(OSError, BotoCoreError):  # the first failure is the one to tell
-                self._call("abort_multipart_upload", Key=name, UploadId=upload)
+                # The store may have been out for minutes; what stays there is found later.
+                brief = _PATIENCE._replace(seconds=0.0)
+                self._call("abort_multipart_upload", brief, Key=name, UploadId=upload)
             raise
 
     def _complete(self, name: str, upload: str, parts: list[Part], begun: float) -> None:
@@ -313,12 +311,14 @@ class S3Store:
     def _no_bucket(self) -> StoreError:
         return StoreError(f"{self.url}: the bucket {self._bucket} does not exist; create it first")
 
-    def _call(self, method: str, attempts: int = _ATTEMPTS, **arguments: Any) -> dict[str, Any]:
+    def _call(
+        self, method: str, patience: Patience | None = None, **arguments: Any
+    ) -> dict[str, Any]:
         def call() -> dict[str, Any]:
             answer = self._files.call_s3(method, Bucket=self._bucket, **arguments)
             return cast(dict[str, Any], answer)
 
-        return retried(call, _passes, attempts)
+        return retried(call, _passes, patience or _PATIENCE)
 
     def _name(self, key: str) -> str:
         check_key(key)

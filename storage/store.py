@@ -102,11 +102,12 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, options: StoreOptions | None = None) -> Store:
+def open_store(url: str, options: StoreOptions | None = None, *, patient: bool = False) -> Store:
     """Open a store by a plain path, `file://…` or `s3://bucket/prefix`, and try it once.
 
-    Raises `StoreError` in one sentence, within seconds, when it cannot be reached, refuses the
-    credentials, or does not exist.
+    Raises `StoreError` in one sentence when it cannot be reached, refuses the credentials, or does
+    not exist: within seconds, unless `patient`, as a worker is that may have been started again
+    while the store was out. Every later request is patient.
     """
     # Either implementation imports this module; s3fs also costs a second of start-up.
     from storage.folder import open_folder
@@ -115,7 +116,7 @@ def open_store(url: str, options: StoreOptions | None = None) -> Store:
     if scheme == "s3":
         from storage.s3 import open_s3
 
-        return open_s3(url, options or StoreOptions())
+        return open_s3(url, options or StoreOptions(), patient)
     if scheme == "file":
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):

@@ -79,7 +79,7 @@ class Teacher:
         if self.url is None:
             files = map(str, _weights(self.folder / "transformer"))
             return Weights({file: partial(FileIO, file) for file in files})
-        store, prefix, manifest = _published(self.url, self.options)
+        store, prefix, manifest = _published(self.url, self.options, patient=True)
         return Weights(
             {
                 name: PiecedFile(store, prefix, name, entry).open
@@ -147,11 +147,13 @@ class Teacher:
         return load_folder(self.folder, dtype, device)
 
 
-def open_teacher(name_or_path: str | Path, options: StoreOptions | None = None) -> Teacher:
+def open_teacher(
+    name_or_path: str | Path, options: StoreOptions | None = None, *, patient: bool = False
+) -> Teacher:
     """Finds a local folder, fetches from the Hugging Face hub, or opens a pipeline that is
     published in a store (`s3://bucket/prefix`, reached by `options`), and checks every file.
 
-    Of one in a store the transformer's weights stay there.
+    Of one in a store the transformer's weights stay there; `patient` as for `open_store`.
 
     TeacherError names a file that is missing or cut short, FamilyError a transformer that cannot
     be taken apart.
@@ -160,7 +162,7 @@ def open_teacher(name_or_path: str | Path, options: StoreOptions | None = None) 
     remote: dict[str, JsonValue] = {}
     if "://" in name:
         url = name.rstrip("/")
-        folder, remote = _brought(url, options)
+        folder, remote = _brought(url, options, patient)
     else:
         folder = _folder(name)
     parts = check_pipeline(folder, elsewhere=("transformer",) if url else ())
@@ -265,10 +267,12 @@ def _folder(name: str) -> Path:
         ) from error
 
 
-def _published(url: str, options: StoreOptions | None) -> tuple[Store, str, Manifest]:
+def _published(
+    url: str, options: StoreOptions | None, patient: bool
+) -> tuple[Store, str, Manifest]:
     """Store, prefix and manifest of a published pipeline."""
     root, _, prefix = url.rpartition("/")
-    store = open_store(root, options)
+    store = open_store(root, options, patient=patient)
     manifest = published(store, prefix)
     if manifest is None:
         raise TeacherError(
@@ -283,9 +287,11 @@ def _is_remote(name: str) -> bool:
     return name.startswith("transformer/") and name.endswith(".safetensors")
 
 
-def _brought(url: str, options: StoreOptions | None) -> tuple[Path, dict[str, JsonValue]]:
+def _brought(
+    url: str, options: StoreOptions | None, patient: bool
+) -> tuple[Path, dict[str, JsonValue]]:
     """The folder with what is brought here of a published pipeline, and what is not, by digest."""
-    store, prefix, manifest = _published(url, options)
+    store, prefix, manifest = _published(url, options, patient)
     remote = {name: entry for name, entry in manifest.files.items() if _is_remote(name)}
     here = {name: entry for name, entry in manifest.files.items() if name not in remote}
     folder = local_copy(store, prefix, manifest.model_copy(update={"files": here}))

@@ -170,7 +170,7 @@ def run_job(
     from trainers.weights import StreamedBlocks, fill_student
 
     first, total = rank == 0, job.schedule.steps
-    store = open_store(job.store, job.options)
+    store = open_store(job.store, job.options, patient=True)
 
     def clear_up(outcome: RecoveryOutcome) -> None:
         if outcome.failed or job.until == total:
@@ -191,7 +191,7 @@ def run_job(
     Share(job.num_cpus, job.num_gpus, job.threads, cast("Any", job.device)).prepare()
     device = torch.device(job.device)  # the process's own GPU is already the current one
 
-    teacher = open_teacher(job.teacher, job.options)
+    teacher = open_teacher(job.teacher, job.options, patient=True)
     latents = open_latents(store, job.encoding)
     dtype = teacher.weights().dtype
     library = Library(store, dict(job.replacements))

@@ -36,4 +36,4 @@ def place(sweep: Sweep, work: Callable[..., None], progress: Progress, **argumen
 def _remotely(
     work: Callable[..., None], url: str, options: StoreOptions, arguments: dict[str, Any]
 ) -> None:
-    work(Site(open_store(url, options), "cuda", silent()), **arguments)
+    work(Site(open_store(url, options, patient=True), "cuda", silent()), **arguments)

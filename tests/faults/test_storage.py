@@ -18,6 +18,7 @@ from storage.checkpoint import Saver, latest_checkpoint
 from storage.errors import StoreError
 from storage.manifest import verify
 from storage.registry import best, entries
+from storage.retry import Patience
 from storage.store import Store, StoreOptions, open_store
 from tests.faults.conftest import Row
 from tests.faults.proxy import Answer, Fault, Proxy, Request, altered
@@ -262,8 +263,16 @@ def test_a_store_that_fails_now_and_then(
     ],
 )
 def test_a_store_that_fails_for_good(
-    proxy: Proxy, direct: Store, s3_url: str, row: Row, name: str, fault: Answer, words: str
+    proxy: Proxy,
+    direct: Store,
+    s3_url: str,
+    row: Row,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    fault: Answer,
+    words: str,
 ) -> None:
+    monkeypatch.setattr("storage.s3._PATIENCE", Patience(4, 0.0))  # not for minutes
     save(s3_url, "one", 1, 2)
     proxy.rule = lambda request: fault if request.is_part else None
     with pytest.raises(StoreError, match=words) as raised:

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from s3fs import S3FileSystem
+
+import storage.retry
 from storage.errors import StoreError
 from storage.s3 import _PART
 from storage.store import StoreOptions, open_store
@@ -103,6 +107,45 @@ def test_an_unreachable_endpoint_is_told_at_opening(s3_url):
         open_store(s3_url, StoreOptions(endpoint=endpoint))
     assert "check the endpoint" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def outage(monkeypatch):
+    """Begins one that lasts for some seconds of a clock on which nothing but waiting takes time."""
+    slept = []
+    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept))
+    call = S3FileSystem.call_s3
+
+    def begin(seconds):
+        def answer(*arguments, **more):
+            if sum(slept) < seconds:
+                raise ConnectionResetError("reset by the server")
+            return call(*arguments, **more)
+
+        monkeypatch.setattr(storage.retry, "time", clock)
+        monkeypatch.setattr(S3FileSystem, "call_s3", answer)
+
+    return begin
+
+
+def test_a_running_job_outlasts_minutes_without_the_store(s3_url, outage):
+    store = open_store(s3_url)
+    outage(270)
+    store.write("key", b"123")
+    assert list(store.keys("")) == ["key"]
+
+
+def test_a_worker_that_starts_again_waits_for_the_store_and_a_person_does_not(s3_url, outage):
+    outage(270)
+    with pytest.raises(StoreError, match="does not answer as it should"):
+        open_store(s3_url)
+    assert list(open_store(s3_url, patient=True).keys("")) == []
+
+
+def test_a_store_that_stays_away_is_told_in_the_end(s3_url, outage):
+    outage(9999)
+    with pytest.raises(StoreError, match="does not answer as it should"):
+        open_store(s3_url, patient=True)
 
 
 def test_a_bucket_that_does_not_exist_is_told_at_opening(s3_url):

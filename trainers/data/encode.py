@@ -156,7 +156,7 @@ class Encoder:
         share.prepare()
         dtype = torch.float32 if config.precision == "float32" else torch.bfloat16
         self.config, self.prefix = config, prefix
-        self.store = open_store(url, options)
+        self.store = open_store(url, options, patient=True)
         self.encoders = PictureEncoders(teacher, dtype, share.device)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:

@@ -40,7 +40,7 @@ class LibraryWorker:
         from trainers.data.latents import open_latents
 
         share.prepare()
-        self._store = open_store(url, options)
+        self._store = open_store(url, options, patient=True)
         self._config, self._seed = config, seed
         self._family = teacher.family
         self._teacher = teacher.transformer(device=share.device)
