@@ -209,6 +209,8 @@ class RecoveryTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Returns when there is something new."""
+        if self._job is not None and self._crew is not None and self._crew.error is not None:
+            self._crew = None  # lost while it had nothing to do, which is not the next job's fault
         crew = self._crew = self._crew or Crew(self._fleet)
         if self._job is not None:
             crew.put(self._job)
