@@ -24,10 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.recover import Book, Grounds
 from search.study import StatelessSearcher, quiet_tune
 from search.tiers import Race, Run
+from storage.checkpoint import newest_step
 from storage.errors import EspalierError
+from storage.store import open_store
 from trainers.desk import Desk, State
 from trainers.placement import Share
 from trainers.progress import Progress
+from trainers.worker import RecoveryJob
 
 TRAIN_ENVIRONMENT = {
     # How often Train looks at its workers, and so how soon it sees that one is lost.
@@ -118,7 +121,7 @@ class Fleet:
     most: int
     """Workers of a crew."""
     retries: int
-    """How often a crew starts again after losing a worker."""
+    """How often a crew starts again after losing a worker, without coming to a checkpoint."""
     share: Share
     """Of each worker."""
 
@@ -131,6 +134,8 @@ class Crew:
         # Beside this process, and not in the trial's placement group, which has no room.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._desk = ray.remote(num_cpus=0, scheduling_strategy=here)(Desk).remote()
+        self._newest: Callable[[], int] = lambda: 0
+        self._saved = 0
         self.error: BaseException | None = None
         """What their job ended with, before it was told to."""
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -138,6 +143,8 @@ class Crew:
 
     def put(self, job: dict[str, Any]) -> None:
         """Their next job."""
+        self._newest = _newest_step_of(RecoveryJob.model_validate(job))
+        self._saved = self._newest()
         self._desk.put.remote(job)
 
     def look(self) -> State:
@@ -153,11 +160,24 @@ class Crew:
     def _work(self) -> None:
         try:
             trainer = self._trainer()
-            # Another run whenever they have left machines that will go.
-            while not trainer.fit().return_value:
+            while not self._fit(trainer):
                 pass
         except BaseException as error:
             self.error = error
+
+    def _fit(self, trainer: Any) -> bool:
+        """One run; False when there has to be another: they have left machines that will go, or
+        were lost as often as a run bears it and still came to a new checkpoint. Train itself counts
+        over a whole run, and a long one loses workers now and then."""
+        from ray.train import TrainingFailedError
+
+        try:
+            return bool(trainer.fit().return_value)
+        except TrainingFailedError:
+            before, self._saved = self._saved, self._newest()
+            if self._saved <= before:
+                raise
+            return False
 
     def _trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -268,6 +288,12 @@ def run_races(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
+
+
+def _newest_step_of(job: RecoveryJob) -> Callable[[], int]:
+    """What says how far the job's checkpoints reach."""
+    store = open_store(job.store, job.options, patient=True)
+    return lambda: newest_step(store, job.checkpoints) or 0
 
 
 def cause(error: BaseException) -> str:

@@ -95,7 +95,8 @@ class RecoverConfig(Section):
     """Checkpoints of a recovery that stay while it runs, the newest ones."""
 
     retries: NonNegativeInt = 2
-    """How often a recovery goes on from its latest checkpoint after losing a worker."""
+    """How often a recovery goes on from its latest checkpoint after losing a worker; counted anew,
+    when they are used up, if it has come to another checkpoint by then."""
 
     timeout: PositiveFloat = 1800.0
     """Seconds that a step may take, or the loading before the first; a worker that takes longer

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train import WorkerGroupError
 
 from search import racing
-from search.racing import Fleet, RecoveryTrial
+from search.racing import Crew, Fleet, RecoveryTrial
+from storage.manifest import publish
+from storage.store import StoreOptions, open_store
 from trainers.desk import State
 from trainers.placement import Share
 
@@ -53,3 +59,52 @@ def test_a_crew_that_was_lost_between_two_jobs_is_not_given_the_next(trial: Reco
     assert trial.step() == {"done": True}
     found: Any = trial._crew
     assert (lost.jobs, found.jobs) == ([{"number": 1}], [{"number": 2}])
+
+
+@pytest.fixture
+def crew(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Crew]:
+    """Makes a crew from what each of its runs does, an error that it raises or what it returns."""
+
+    def make(*runs: Callable[[], bool]) -> Crew:
+        left = list(runs)
+        trainer = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=left.pop(0)()))
+        crew = Crew.__new__(Crew)  # what it does besides needs Ray
+        crew._fleet, crew._desk, crew.error = FLEET, SimpleNamespace(put=Remote()), None
+        monkeypatch.setattr(crew, "_trainer", lambda: trainer)
+        return crew
+
+    return make
+
+
+class Remote:
+    """A method of an actor that nobody hears."""
+
+    def remote(self, *_: Any) -> None: ...
+
+
+def lost() -> bool:
+    raise WorkerGroupError("lost", {0: RuntimeError("closed by peer")})
+
+
+def test_retries_are_counted_anew_when_there_is_a_new_checkpoint(
+    tmp_path: Path, crew: Callable[..., Crew], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    job = {"store": store.url, "options": StoreOptions(), "checkpoints": "run/checkpoints"}
+    monkeypatch.setattr(racing.RecoveryJob, "model_validate", lambda job: SimpleNamespace(**job))
+
+    def lost_after(step: int) -> Callable[[], bool]:
+        def run() -> bool:
+            publish(store, f"run/checkpoints/step-{step:09d}", {})
+            return lost()
+
+        return run
+
+    through = crew(lost_after(6), lambda: False, lost_after(9), lambda: True)
+    through.put(job)
+    through._work()
+    assert through.error is None
+    stuck = crew(lost_after(12), lost)
+    stuck.put(job)
+    stuck._work()
+    assert isinstance(stuck.error, WorkerGroupError)
