@@ -162,6 +162,8 @@ class Recovery(Section):
     """`stopped`: others were better in a lower tier."""
     failed: str | None
     """Why, in one sentence."""
+    broke: bool = False
+    """Whether it failed because it was cut off, and may come through when it is tried again."""
     seconds: NonNegativeFloat
     """Training time without start-up."""
 
@@ -264,6 +266,8 @@ class Book:
     def __init__(self, grounds: Grounds) -> None:
         self._grounds = grounds
         self._known: dict[tuple[Candidate, int], RecoveryOutcome | None] = {}
+        self.broken: set[Candidate] = set()
+        """Those of which a run has broken down."""
 
     def __call__(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
         if (candidate, tier) not in self._known:
@@ -273,9 +277,11 @@ class Book:
     def ended(self, run: Run, broke: str = "its Ray Train job ended without an outcome") -> None:
         """A run has ended: with what it stored, or else it broke down."""
         outcome = self._read(run.candidate, run.tier)
-        # Not stored: another attempt, of a sweep that is started again, may come through.
-        broken = RecoveryOutcome(fidelity_loss=None, failed=broke, seconds=0.0, steps=0)
-        self._known[run.candidate, run.tier] = outcome or broken
+        if outcome is None:
+            # Not stored: another attempt, of a sweep that is started again, may come through.
+            outcome = RecoveryOutcome(fidelity_loss=None, failed=broke, seconds=0.0, steps=0)
+            self.broken.add(run.candidate)
+        self._known[run.candidate, run.tier] = outcome
 
     def _read(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
         store, job = self._grounds.store, self._grounds.job(candidate, tier)
@@ -333,7 +339,9 @@ def recover_finalists(
 
         run_races(races, book, grounds, workers, progress)
     recoveries = [
-        _recovery(grounds, race, candidate) for race in races for candidate in race.candidates
+        _recovery(grounds, race, candidate, candidate in book.broken)
+        for race in races
+        for candidate in race.candidates
     ]
     for recovery in recoveries:
         if recovery.state == "stopped":
@@ -398,7 +406,7 @@ def placed(config: RecoverConfig, accelerator: Accelerator) -> tuple[tuple[int, 
     return (fewest, most), share_of(together, accelerator)
 
 
-def _recovery(grounds: Grounds, race: Race, candidate: Candidate) -> Recovery:
+def _recovery(grounds: Grounds, race: Race, candidate: Candidate, broke: bool) -> Recovery:
     finalist, config = candidate.finalist, grounds.config
     outcomes = race.outcomes(candidate)
     measured = tuple(
@@ -420,5 +428,6 @@ def _recovery(grounds: Grounds, race: Race, candidate: Candidate) -> Recovery:
         fidelity_loss=measured[-1].fidelity_loss if whole else None,
         state="failed" if last.failed else "complete" if whole else "stopped",
         failed=last.failed,
+        broke=broke,
         seconds=last.seconds,
     )

@@ -32,7 +32,7 @@ from search.stages.facts import (
 )
 from search.stages.measure import Student, confirm, confirmed, meeting, ratios, told
 from search.stages.place import Site, place
-from search.stages.recover import left_out, recoveries_of
+from search.stages.recover import broken_off, left_out, recoveries_of
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
 from storage import layout
@@ -191,9 +191,9 @@ def _card_facts(sweep: Sweep, finalist: Finalist) -> CardFacts:
 
 
 def _digest(sweep: Sweep) -> str:
-    """Another once a budget that was left out has come through."""
-    lost = left_out(sweep)
-    return digest_json([sweep.publish_digest, *sorted(lost)]) if lost else sweep.publish_digest
+    """Another once a budget that was left out has come through, or a recovery that broke off."""
+    without = [*sorted(left_out(sweep)), *broken_off(sweep)]
+    return digest_json([sweep.publish_digest, *without]) if without else sweep.publish_digest
 
 
 PUBLISH = Stage(name="publish", digest=_digest, run=run, placed=lambda _: True)

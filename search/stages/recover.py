@@ -36,6 +36,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     for state in ("stopped", "failed"):
         count = sum(recovery.state == state for recovery in recoveries)
         said += f", {count} {state}" if count else ""
+    broke = sum(recovery.broke for recovery in recoveries)
+    said += f"; {broke} broke off and will be tried again by the next run" if broke else ""
     for budget in lost_budgets(recoveries):
         said += f"; budget {budget} is left out, every recovery failed"
     agreed = agreements(recoveries)
@@ -82,6 +84,11 @@ def left_out(sweep: Sweep) -> dict[str, str]:
     return lost_budgets(recoveries_of(sweep)) if RECOVER.record(sweep) else {}
 
 
+def broken_off(sweep: Sweep) -> list[str]:
+    """The recoveries that are still to be tried again; none while the stage has yet to run."""
+    return [r.trial for r in recoveries_of(sweep) if r.broke] if RECOVER.record(sweep) else []
+
+
 def check_all_came_through(sweep: Sweep) -> None:
     """SweepError for budgets that were left out; to be called when all else is done."""
     lost = left_out(sweep)
@@ -108,4 +115,5 @@ RECOVER = Stage(
     digest=lambda sweep: sweep.recover_digest,
     run=run,
     parts=_students,
+    unfinished=lambda sweep: bool(broken_off(sweep)),
 )

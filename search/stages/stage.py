@@ -45,6 +45,9 @@ class Stage:
     parts: Callable[[Sweep], Sequence[str]] = lambda _: ()
     """Prefixes that its output consists of, once it has come to its end. Each has a manifest of its
     own: when one is removed, because it was damaged, running the stage again makes it anew."""
+    unfinished: Callable[[Sweep], bool] = lambda _: False
+    """Whether it has come to its end without something that running it again may still bring; the
+    stages after it do with what there is."""
     check: Callable[[Sweep], object] | None = None
     """Finds, before any worker starts, what is wrong with the stage's input."""
     wanted: Callable[[Sweep], bool] = lambda _: True
@@ -55,13 +58,17 @@ class Stage:
     def needs_cluster(self, sweep: Sweep) -> bool:
         return not self.placed(sweep) or sweep.config.accelerator == "gpu"
 
-    def state(self, sweep: Sweep) -> StageState:
+    def ended(self, sweep: Sweep) -> bool:
+        """Whether it has come to its end, and what it made is still there."""
         if self.shared is not None:
             ended = published(sweep.store, self.shared(sweep)) is not None
         else:
             ended = self.record(sweep) is not None
-        if ended and all_published(sweep.store, self.parts(sweep)):
-            return "done"
+        return ended and all_published(sweep.store, self.parts(sweep))
+
+    def state(self, sweep: Sweep) -> StageState:
+        if self.ended(sweep):
+            return "partial" if self.unfinished(sweep) else "done"
         attempt = read_attempt(sweep.store, sweep.name, self.name)
         begun = attempt is not None and attempt.digest == self.digest(sweep)
         return "partial" if begun else "missing"
@@ -75,7 +82,7 @@ class Stage:
 def run_stage(stage: Stage, sweep: Sweep, shown: Progress) -> StageRecord:
     """Runs a stage that is not done, and records it."""
     digest = stage.digest(sweep)
-    # There when it had come to its end, and a part of its output was removed since.
+    # There when it had come to its end, and a part of its output was removed since or left out.
     before = stage.record(sweep)
     watch = Stopwatch(sweep.store, sweep.name, stage.name, digest, shown)
     try:
@@ -124,7 +131,7 @@ def skip_stage(stage: Stage, sweep: Sweep) -> StageRecord:
 def require_earlier(stages: Sequence[Stage], stage: Stage, sweep: Sweep) -> None:
     """SweepError unless every stage before `stage` is done for this configuration."""
     for earlier in stages[: stages.index(stage)]:
-        if earlier.wanted(sweep) and earlier.state(sweep) != "done":
+        if earlier.wanted(sweep) and not earlier.ended(sweep):
             raise SweepError(
                 f"{stage.name}: needs the output of `{earlier.name}`, which is not there for this "
                 f"configuration; run `espalier {earlier.name}` first, or `espalier sweep` for all"

@@ -11,7 +11,7 @@ import pytest
 from search.budget import Budget
 from search.config import SweepConfig
 from search.recover import Recovery
-from search.stages import skip_stage, stage_named
+from search.stages import require_earlier, skip_stage, stage_named
 from search.stages.record import StageRecord, write_record
 from search.stages.recover import check_all_came_through, recoveries_of
 from search.stages.results import results, status
@@ -180,6 +180,28 @@ def test_a_budget_whose_recoveries_all_failed_leaves_the_others_alone(
     recovered(recoveries[0].model_copy(update={"budget": "80pct"}))
     assert stage_named("recover").state(sweep) == "done"
     check_all_came_through(sweep)
+    assert {publish.state(sweep), report.state(sweep)} == {"missing"}
+
+
+def test_a_recovery_that_broke_off_is_tried_again_and_may_still_be_published(sweep: Sweep) -> None:
+    recover, publish, report = (stage_named(name) for name in ("recover", "publish", "report"))
+    recoveries = recoveries_of(sweep)
+
+    def recovered(*found: Recovery) -> None:
+        done(sweep, "recover", {"recoveries": [r.model_dump(mode="json") for r in found]})
+
+    assert recover.state(sweep) == "done"
+    run_stage(publish, sweep, silent())
+    broken = recoveries[-1].model_copy(update={"broke": True})
+    recovered(*recoveries[:-1], broken)
+    assert recover.state(sweep) == "partial"
+    require_earlier([recover, publish], publish, sweep)
+    run_stage(publish, sweep, silent())
+    run_stage(report, sweep, silent())
+    recovered(*recoveries[:-1], broken)  # once more in vain
+    assert (publish.state(sweep), report.state(sweep)) == ("done", "done")
+    recovered(*recoveries)
+    assert recover.state(sweep) == "done"
     assert {publish.state(sweep), report.state(sweep)} == {"missing"}
 
 

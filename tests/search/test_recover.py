@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from search.recover import Book, Grounds, RecoverConfig, Recovery, agreements, recover_finalists
-from search.tiers import Candidate, Finalist
+from search.tiers import Candidate, Finalist, Run
 from storage import layout
 from storage.manifest import publish, published, read_json, withdraw
 from storage.store import Store, StoreOptions, open_store
@@ -169,11 +169,8 @@ def alone_losses(store: Store, teacher: Teacher, recovery: Recovery) -> list[flo
     return losses
 
 
-def test_a_student_that_somebody_removed_is_recovered_again(
-    tiny_pipeline: Path, tmp_path: Path
-) -> None:
-    store = open_store(str(tmp_path / "store"))
-    grounds = Grounds(
+def grounds_of(tiny_pipeline: Path, store: Store) -> Grounds:
+    return Grounds(
         sweep="tiny",
         teacher=open_teacher(tiny_pipeline),
         store=store,
@@ -185,9 +182,41 @@ def test_a_student_that_somebody_removed_is_recovered_again(
         probe=ProbeConfig(),
         seed=5,
     )
+
+
+def candidate_of(grounds: Grounds) -> Candidate:
     space = grounds.config.space
     finalist = Finalist("half", 0, plan_with(GOOD), 1.0)
-    candidate = Candidate(finalist, 0, space.schedule(space.middle()))
+    return Candidate(finalist, 0, space.schedule(space.middle()))
+
+
+def test_only_a_run_that_left_no_outcome_has_broken_off(
+    tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    grounds = grounds_of(tiny_pipeline, store)
+    candidate = candidate_of(grounds)
+    book = Book(grounds)
+    outcome = RecoveryOutcome(fidelity_loss=None, failed="not finite", seconds=1.0, steps=3)
+    publish(store, grounds.job(candidate, 0).prefix, {}, outcome.model_dump(mode="json"))
+    book.ended(Run(candidate, 0))
+    assert book(candidate, 0) == outcome
+    assert book.broken == set()
+    book.ended(Run(candidate, 1), "its process was lost")
+    assert book.broken == {candidate}
+    found = book(candidate, 1)
+    assert found is not None
+    assert found.failed == "its process was lost"
+    # Whoever comes next tries it again.
+    assert Book(grounds)(candidate, 1) is None
+
+
+def test_a_student_that_somebody_removed_is_recovered_again(
+    tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    grounds = grounds_of(tiny_pipeline, store)
+    candidate = candidate_of(grounds)
     half, whole = grounds.job(candidate, 0), grounds.job(candidate, 1)
     for job in (half, whole):
         outcome = RecoveryOutcome(fidelity_loss=0.5, seconds=1.0, steps=job.until)
