@@ -21,6 +21,7 @@ from tests.faults.proxy import altered
 from tests.faults.steps import attempts, probing, spoil_a_step
 from tests.faults.test_storage import everything_is_published
 from tests.faults.tiny_recovery import prepare, recover_tiny
+from tests.nodes import ROOT
 from tests.search.test_recover import STEPS, Killer, alone_losses, prefix_of
 from tests.trainers.library.setting import (
     ENCODING,
@@ -81,10 +82,11 @@ def test_a_worker_is_killed_and_another_run_ends_in_nan(
 
 
 @pytest.fixture
-def steps(tmp_path: Path) -> Iterator[Path]:
-    """Where the workers of a local Ray note their steps."""
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the workers of a local Ray, which import the tests, note their steps."""
     import ray
 
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     folder = tmp_path / "steps"
     ray.init(
         "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
