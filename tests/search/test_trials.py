@@ -273,23 +273,32 @@ def test_a_missing_replacement_ends_the_search_with_its_name(
 
 
 @dataclass(frozen=True)
-class Raising(Bench):
-    """Ends over one plan, as when a device has no memory left for it."""
+class Troubled(Bench):
+    """Has trouble with one plan."""
 
     victim: str = ""
     """Its digest."""
+    hangs: bool = False
+    """Rather than raising, as when a device has no memory left for it."""
 
     def open(self) -> Scorer:
         scorer = super().open()
         score = scorer.score
 
-        def full(plan: Plan) -> Score:
-            if plan.digest == self.victim:
-                raise RuntimeError("out of memory\nsomewhere")
-            return score(plan)
+        def troubled(plan: Plan) -> Score:
+            if plan.digest != self.victim:
+                return score(plan)
+            if self.hangs:
+                threading.Event().wait()
+            raise RuntimeError("out of memory\nsomewhere")
 
-        scorer.score = full  # type: ignore[method-assign]
+        scorer.score = troubled  # type: ignore[method-assign]
         return scorer
+
+
+def troubled(bench: Bench, scores: str, victim: Plan, hangs: bool) -> Troubled:
+    known = {f.name: getattr(bench, f.name) for f in fields(bench)} | {"scores": scores}
+    return Troubled(**known, victim=victim.digest, hangs=hangs)
 
 
 def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
@@ -300,33 +309,12 @@ def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
     bench: Bench,
     store: Store,
 ) -> None:
-    known = {f.name: getattr(bench, f.name) for f in fields(bench)} | {"scores": "raising"}
-    raising = Raising(**known, victim=trials[2].plan.digest)
+    raising = troubled(bench, "raising", trials[2].plan, hangs=False)
     config = CONFIG.model_copy(update={"trials": 5})
     found = run_search(space, targets, raising, config, store, "sweeps/raising/search")
     assert [trial.failed for trial in found] == [
         None, None, "RuntimeError: out of memory", None, None,
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Hanging(Bench):
-    """Hangs over one plan."""
-
-    victim: str = ""
-    """Its digest."""
-
-    def open(self) -> Scorer:
-        scorer = super().open()
-        score = scorer.score
-
-        def stuck(plan: Plan) -> Score:
-            if plan.digest == self.victim:
-                threading.Event().wait()
-            return score(plan)
-
-        scorer.score = stuck  # type: ignore[method-assign]
-        return scorer
 
 
 @pytest.mark.slow
@@ -339,8 +327,7 @@ def test_a_plan_that_hangs_fails_alone_and_stays_failed(
     bench: Bench,
     store: Store,
 ) -> None:
-    known = {f.name: getattr(bench, f.name) for f in fields(bench)} | {"scores": "hanging"}
-    hanging = Hanging(**known, victim=trials[3].plan.digest)
+    hanging = troubled(bench, "hanging", trials[3].plan, hangs=True)
     config = CONFIG.model_copy(update={"trials": 6, "timeout": 30.0})
     found = run_search(space, targets, hanging, config, store, "sweeps/five/search", cpus=2.0)
     assert [trial.plan for trial in found[:4]] == [trial.plan for trial in trials[:4]]

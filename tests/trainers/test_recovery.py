@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -23,13 +21,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from storage.checkpoint import Saver
 from storage.store import open_store
 from storage.stored import open_tensors
-from trainers.data.latents import Latents, Shard
+from tests.trainers.recovering import FAMILY, PLAN, make_latents, make_teacher
+from trainers.data.latents import Latents
 from trainers.distilled import Distilled, Observed, compile_blocks, detached, local
 from trainers.losses import span_loss
 from trainers.optimizer import make_optimizer, moments, set_moments, set_rate
 from trainers.recovery import (
-    Example,
-    LossSpikeError,
     NanLossError,
     Position,
     RecoveryError,
@@ -40,23 +37,15 @@ from trainers.recovery import (
     held_tensors,
     read_held,
     recover,
-    recover_steadily,
     restore_weights,
     set_trainable,
     student_weights,
 )
 from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
-from trainers.students.families import family_named
 from trainers.students.families.base import State
-from trainers.students.plan import BlockPlan, Plan, identity_plan
+from trainers.students.plan import identity_plan
 from trainers.students.surgery import assemble
 
-FAMILY = family_named("qwen_image")
-PLAN = Plan(
-    family="qwen_image",
-    teacher_blocks=4,
-    blocks=(BlockPlan(span=(0, 0)), BlockPlan(span=(1, 2)), BlockPlan(span=(3, 3), ffn=0.5)),
-)
 SCHEDULE = Schedule(
     phases=(
         Phase(loss="span", steps=5, lr=2e-3, batch_size=4, warmup=1),
@@ -80,29 +69,12 @@ GOLDEN = (
 
 @pytest.fixture(scope="module")
 def teacher() -> nn.Module:
-    from diffusers import QwenImageTransformer2DModel
-
-    torch.manual_seed(0)
-    return QwenImageTransformer2DModel(
-        num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        axes_dims_rope=(4, 2, 2),
-    )
+    return make_teacher()
 
 
 @pytest.fixture(scope="module")
 def latents() -> Latents:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 5, (12,), generator=generator)
-    shard = Shard(
-        latents=torch.randn(12, 16, 4, 4, generator=generator),
-        embeds=torch.randn(12, 4, 12, generator=generator),
-        mask=torch.arange(4) < lengths[:, None],
-        captions=tuple(map(str, range(12))),
-    )
-    return Latents([shard], held_out=2)
+    return make_latents()
 
 
 def alone(value: Tensor) -> Tensor:
@@ -504,117 +476,6 @@ def test_nan_ends_the_run_and_says_where(teacher: nn.Module, latents: Latents) -
     with pytest.raises(NanLossError, match=r"phase 0 \(span\), step 0"):
         run.go()
     assert run.losses == []
-
-
-LONG = Schedule(
-    phases=(Phase(loss="diffusion", train="all", steps=40, lr=1e-3, batch_size=4, warmup=1),)
-)
-
-
-@dataclass
-class Fragile:
-    """A recovery that keeps a checkpoint every ten steps, whose data is bad at one step."""
-
-    teacher: nn.Module
-    latents: Latents
-    factor: float
-    """What the bad pictures are multiplied by."""
-    times: int
-    """How often they come; after that they are mended."""
-    bad: int = 25
-    losses: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    kept: Start = field(default_factory=lambda: Start(Position()))
-
-    def go(self, step: StepConfig) -> Fragile:
-        self.student = Distilled(FAMILY, assemble(self.teacher, PLAN), PLAN, step)
-        self.first = held_tensors(self.student, None)
-        self.first = {name: tensor.clone() for name, tensor in self.first.items()}
-        recover_steadily(self.run, self.kept, self.go_back, step, self.said.append)
-        return self
-
-    def run(self, start: Start, rate: float, spike: float | None) -> None:
-        self.starts.append(start.at.step)
-        self.rates.append(rate)
-        recover(
-            self.student, Observed(FAMILY, self.teacher), self.examples, LONG, start.at,
-            past=start.losses, rate=rate, spike=spike, optimizer_tensors=start.optimizer_tensors,
-            save=self.save, report=lambda _, loss: self.losses.append(loss),
-        )  # fmt: skip
-
-    def examples(self, phase: int, settings: Phase, start: int) -> Iterator[Example]:
-        source = examples_of(self.latents, seed=3)(phase, settings, start)
-        for step, example in enumerate(source, start):
-            if step == self.bad and self.times:
-                self.times -= 1
-                example = replace(example, noise_BNC=example.noise_BNC * self.factor)
-            yield example
-
-    def save(self, at: Position, student: Distilled, optimizer: torch.optim.Optimizer) -> None:
-        if at.step and at.step % 10 == 0:
-            held = {k: v.clone() for k, v in held_tensors(student, optimizer).items()}
-            self.kept = Start(at, tuple(self.losses), held)
-
-    def go_back(self) -> Start:
-        self.losses[:] = self.kept.losses
-        held = self.kept.optimizer_tensors
-        restore_weights(self.student, held or self.first)
-        # Who goes on takes them out, and training may come back here once more.
-        again = held and {name: tensor.clone() for name, tensor in held.items()}
-        return replace(self.kept, optimizer_tensors=again)
-
-
-NAN = float("nan")
-
-
-def test_a_run_that_went_back_before_it_was_cut_off_goes_on_at_its_lower_rate() -> None:
-    seen: list[tuple[int, float, bool]] = []
-
-    def run(start: Start, rate: float, spike: float | None) -> None:
-        seen.append((start.rollbacks, rate, spike is not None))
-        if len(seen) == 1:
-            raise LossSpikeError("once more")
-
-    recover_steadily(run, Start(START, rollbacks=1), lambda: Start(START), StepConfig(rollbacks=2))
-    assert seen == [(1, 0.5, True), (2, 0.25, False)]
-
-
-def test_a_loss_that_is_not_finite_is_gone_back_from(teacher: nn.Module, latents: Latents) -> None:
-    run = Fragile(teacher, latents, factor=NAN, times=1).go(StepConfig())
-    assert (run.starts, run.rates) == ([0, 20], [1.0, 0.5])
-    assert len(run.losses) == LONG.steps
-    assert all(math.isfinite(loss) for loss in run.losses)
-    assert ["step 25" in reason for reason in run.said] == [True]
-
-
-def test_before_the_first_checkpoint_it_goes_back_to_the_start(
-    teacher: nn.Module, latents: Latents
-) -> None:
-    run = Fragile(teacher, latents, factor=NAN, times=1, bad=3).go(StepConfig())
-    assert (run.starts, run.rates) == ([0, 0], [1.0, 0.5])
-    assert len(run.losses) == LONG.steps
-
-
-def test_going_back_is_bounded(teacher: nn.Module, latents: Latents) -> None:
-    run = Fragile(teacher, latents, factor=NAN, times=99)
-    with pytest.raises(NanLossError, match="step 25"):
-        run.go(StepConfig(rollbacks=2))
-    assert run.starts == [0, 20, 20]
-
-
-def test_a_spike_is_gone_back_from_and_passes_in_the_end(
-    teacher: nn.Module, latents: Latents
-) -> None:
-    calm = Fragile(teacher, latents, factor=1e3, times=0).go(StepConfig(spike=3))
-    assert calm.starts == [0]
-    run = Fragile(teacher, latents, factor=1e3, times=1).go(StepConfig(spike=3))
-    assert (run.starts, run.rates) == ([0, 20], [1.0, 0.5])
-    assert "over 3 times the median" in run.said[0]
-    stubborn = Fragile(teacher, latents, factor=1e3, times=99).go(StepConfig(spike=3, rollbacks=1))
-    assert stubborn.starts == [0, 20]
-    assert len(stubborn.losses) == LONG.steps
 
 
 def test_ranks_share_a_batch(teacher: nn.Module, latents: Latents) -> None:
