@@ -103,11 +103,8 @@ def check_all_came_through(sweep: Sweep) -> None:
 
 
 def _students(sweep: Sweep) -> list[str]:
-    """Those that the recoveries ended with; of a budget that is left out all that it wanted, so
-    that the stage is tried again when the sweep is."""
-    recoveries = recoveries_of(sweep)
-    lost = lost_budgets(recoveries)
-    return [r.student for r in recoveries if r.state == "complete" or r.budget in lost]
+    """Those that the recoveries ended with."""
+    return [r.student for r in recoveries_of(sweep) if r.state == "complete"]
 
 
 RECOVER = Stage(
@@ -115,5 +112,5 @@ RECOVER = Stage(
     digest=lambda sweep: sweep.recover_digest,
     run=run,
     parts=_students,
-    unfinished=lambda sweep: bool(broken_off(sweep)),
+    unfinished=lambda sweep: bool(broken_off(sweep) or left_out(sweep)),
 )
