@@ -28,8 +28,9 @@ class SweepConfig(Section):
     """Names the sweep's folder in the storage: up to 100 letters, digits, `.`, `_`, `-`."""
 
     teacher: str
-    """The model to compress: a diffusers pipeline folder, a name on the Hugging Face hub, or the
-    URL of a published one, whose weights are then read by range."""
+    """The model to compress: a diffusers pipeline folder, a name on the Hugging Face hub, as
+    `owner/model` or `owner/model@revision`, or the URL of a published one, whose weights are then
+    read by range."""
 
     storage: str = "runs"
     """Where everything is kept: a folder, `file:///folder` or `s3://bucket/prefix`."""

@@ -225,7 +225,7 @@ class Grounds:
         until = steps_until(self.config.tiers[tier], schedule)
         where = (self.sweep, finalist.budget, self.name(candidate))
         return RecoveryJob(
-            teacher=self.teacher.url or str(self.teacher.folder),
+            teacher=self.teacher.address,
             store=self.store.url,
             options=self.options,
             encoding=self.encoding,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +37,8 @@ _NEEDED = ("vae", "text_encoder", "tokenizer", "transformer")
 # A family may have a second text encoder and tokenizer, whose names go on with a number.
 _WEIGHTED = ("transformer", "vae", "text_encoder")
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+"""Owner and model, and after an @ a branch, tag or commit."""
 _HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors"]
 """Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them."""
 _REMEMBERED_SIZE = 64 * 2**20
@@ -48,6 +50,23 @@ class TeacherError(EspalierError):
 
 
 @dataclass(frozen=True)
+class HubModel:
+    """A model of the Hugging Face hub at one commit, the same whenever and wherever it is asked
+    for."""
+
+    name: str
+    """Owner and model."""
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.commit}"
+
+    def fetched(self) -> Path:
+        """Its folder in this machine's cache of the hub."""
+        return _fetched(self.name, self.commit)
+
+
+@dataclass(frozen=True)
 class Teacher:
     """A pipeline folder that has been checked. Cheap to send to another process.
 
@@ -56,8 +75,8 @@ class Teacher:
 
     name: str
     """As the user gave it."""
-    folder: Path
-    """The pipeline; of one in a store, a copy here without the transformer's weights."""
+    found: Path
+    """Where it lies on the machine that opened it; see `folder`."""
     digest: str
     """16 hex digits over the transformer's config and weights."""
     encoder_digest: str
@@ -71,6 +90,29 @@ class Teacher:
     ends too early is noticed."""
     options: StoreOptions | None = field(default=None, compare=False)
     """How that store is reached."""
+    hub: HubModel | None = None
+    """Which model of the Hugging Face hub it is, if it is one."""
+
+    @property
+    def address(self) -> str:
+        """What this very teacher is opened by, of the hub or a store on any machine."""
+        return self.url or (str(self.hub) if self.hub else str(self.found))
+
+    @property
+    def folder(self) -> Path:
+        """The pipeline on this machine, fetched when it is not here yet; of one in a store, a copy
+        without the transformer's weights."""
+        if self.found.is_dir():
+            return self.found
+        if self.url is not None:
+            return _brought(self.url, self.options, patient=True)[0]
+        if self.hub is not None:
+            return self.hub.fetched()
+        raise TeacherError(
+            f"teacher {self.found}: no such folder on {socket.gethostname()}; put it where every "
+            "machine finds it under this path, or give a name on the Hugging Face hub or the URL "
+            "of a published one"
+        )
 
     def weights(self) -> Weights:
         """The transformer's, of which nothing but names is read before it is asked for."""
@@ -150,21 +192,22 @@ class Teacher:
 def open_teacher(
     name_or_path: str | Path, options: StoreOptions | None = None, *, patient: bool = False
 ) -> Teacher:
-    """Finds a local folder, fetches from the Hugging Face hub, or opens a pipeline that is
-    published in a store (`s3://bucket/prefix`, reached by `options`), and checks every file.
+    """Finds a local folder, fetches from the Hugging Face hub (`owner/model`, or `@` a branch, tag
+    or commit of it), or opens a pipeline that is published in a store (`s3://bucket/prefix`,
+    reached by `options`), and checks every file.
 
     Of one in a store the transformer's weights stay there; `patient` as for `open_store`.
 
     TeacherError names a file that is missing or cut short, FamilyError a transformer that cannot
     be taken apart.
     """
-    name, url = str(name_or_path), None
+    name, url, hub = str(name_or_path), None, None
     remote: dict[str, JsonValue] = {}
     if "://" in name:
         url = name.rstrip("/")
         folder, remote = _brought(url, options, patient)
     else:
-        folder = _folder(name)
+        folder, hub = _folder(name)
     parts = check_pipeline(folder, elsewhere=("transformer",) if url else ())
     for part in _NEEDED:
         if part not in parts:
@@ -175,7 +218,7 @@ def open_teacher(
     config = _json(config_file)
     return Teacher(
         name=name,
-        folder=folder,
+        found=folder,
         digest=digest_json({**_digests(folder, "transformer"), **remote}),
         encoder_digest=digest_json(
             _digests(folder, *(p for p in parts if p.startswith(_ENCODERS)))
@@ -184,6 +227,7 @@ def open_teacher(
         config=config,
         url=url,
         options=options,
+        hub=hub,
     )
 
 
@@ -246,23 +290,33 @@ def stored_dtype(part: Path) -> torch.dtype:
     return torch.float32
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str) -> tuple[Path, HubModel | None]:
+    """The folder that a name says, and the model of the hub that it is a copy of."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path.resolve()
-    if not _HUB_NAME.fullmatch(name) or path.parent.exists():
+        return path.resolve(), None
+    known = _HUB_NAME.fullmatch(name)
+    if known is None or path.parent.exists():
         raise TeacherError(
             f"teacher {name}: no such folder; give a diffusers pipeline folder or a name on the "
             "Hugging Face hub such as Qwen/Qwen-Image"
         )
+    folder = _fetched(*known.groups())
+    # The hub's cache keeps every commit in a folder of its name.
+    return folder, HubModel(known.group(1), folder.name)
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    """The folder of a model of the hub in this machine's cache; what is there is not fetched."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        asked = f"{name}@{revision}" if revision else name
         raise TeacherError(
-            f"teacher {name}: neither a folder here nor to be had from the Hugging Face hub "
+            f"teacher {asked}: neither a folder here nor to be had from the Hugging Face hub "
             f"({reason}); check the name, the network and your access"
         ) from error
 

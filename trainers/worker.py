@@ -53,7 +53,7 @@ class RecoveryJob(Section):
     """Everything a worker needs to know, as JSON."""
 
     teacher: str
-    """Folder or hub name of the teacher."""
+    """What the teacher is opened by: folder, URL, or model and commit of the hub."""
     store: str
     """URL of the store."""
     options: StoreOptions

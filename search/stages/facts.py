@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 
 import yaml
 
@@ -89,11 +88,6 @@ def scores(judged: Judged | None) -> Scores | None:
         return None
     families = {name: score for name, score in judged.scores.items() if name != "overall"}
     return Scores(families=families, overall=judged.scores["overall"])
-
-
-def hub_name(teacher: Teacher) -> str | None:
-    """The teacher's name on the hub, if it came from there."""
-    return None if Path(teacher.name).expanduser().is_dir() else teacher.name
 
 
 def licence(teacher: Teacher) -> str | None:

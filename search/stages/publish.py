@@ -21,7 +21,6 @@ from search.publish import Finalist, choose, register, write_model
 from search.recover import Recovery
 from search.report.data import StudentFacts
 from search.stages.facts import (
-    hub_name,
     licence,
     measured_on,
     provenance,
@@ -185,7 +184,7 @@ def _card_facts(sweep: Sweep, finalist: Finalist) -> CardFacts:
         sampling=sampling(sweep),
         measured_on=measured_on(sweep),
         caption=teacher.captions[0] if teacher and teacher.captions else "a picture",
-        base_model=hub_name(sweep.teacher),
+        base_model=sweep.teacher.hub.name if sweep.teacher.hub else None,
         licence=licence(sweep.teacher),
     )
 

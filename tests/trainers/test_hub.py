@@ -1,0 +1,64 @@
+"""A teacher of the Hugging Face hub is one commit of a model, on every machine."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hub import COMMIT, Hub, serve_hub
+from trainers.teacher import TeacherError, open_teacher
+
+
+@pytest.fixture
+def hub(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that has the tiny pipeline as owner/tiny, and a machine that has nothing of it."""
+    with serve_hub("owner/tiny", tiny_pipeline) as served:
+        client = "huggingface_hub.constants"
+        files = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{client}.ENDPOINT", served.url)
+        monkeypatch.setattr(f"{client}.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(f"{client}.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.chdir(tmp_path)
+        yield served
+
+
+@pytest.mark.parametrize("name", ["owner/tiny", "owner/tiny@v1", f"owner/tiny@{COMMIT}"])
+def test_a_teacher_of_the_hub_is_the_one_of_its_files(name, hub, tiny_pipeline):
+    teacher, local = open_teacher(name), open_teacher(tiny_pipeline)
+    assert (teacher.digest, teacher.encoder_digest) == (local.digest, local.encoder_digest)
+    assert teacher.address == f"owner/tiny@{COMMIT}"
+    assert open_teacher(teacher.address) == open_teacher(teacher.address)
+
+
+def test_a_machine_that_lacks_it_fetches_the_same_commit(hub, tmp_path):
+    opened = open_teacher("owner/tiny")
+    wanted = opened.transformer().state_dict()
+    sent = pickle.dumps(opened)
+    shutil.rmtree(tmp_path / "hub")
+    hub.asked.clear()
+    there = pickle.loads(sent)
+    found = there.transformer().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    # By its commit: a branch may have gone on since.
+    assert hub.asked
+    assert all(COMMIT in path for path in hub.asked)
+
+
+def test_a_revision_that_is_not_there_is_one_sentence(hub):
+    with pytest.raises(TeacherError, match="owner/tiny@gone: neither a folder") as caught:
+        open_teacher("owner/tiny@gone")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_only_the_driver_has_is_named(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "mine")
+    teacher = open_teacher(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(TeacherError, match=f"teacher {folder}: no such folder on "):
+        teacher.text()
