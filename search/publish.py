@@ -49,6 +49,8 @@ class Finalist:
     loss_after: float
     scores: Scores | None
     """The judge's."""
+    judged: int = 0
+    """How many pictures the judge saw."""
     cost: Cost | None = None
     """What a forward pass takes, where it was measured."""
 
@@ -87,6 +89,7 @@ def register(store: Store, teacher: Teacher, sweep: str, finalist: Finalist) -> 
         parameters=finalist.parameters,
         fidelity_loss=finalist.loss_after,
         judge_score=finalist.judge_score,
+        judged=finalist.judged,
     )
     if not any(_same(entry, known) for known in entries(store, finalist.budget)):
         add(store, entry)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -59,6 +60,8 @@ class Entry(Section):
     """Mean squared difference to the teacher's velocity on held-out latents."""
     judge_score: _Finite | None = None
     """What the task's judge says of its pictures, 0 to 1; null when there is no judge."""
+    judged: NonNegativeInt = 0
+    """How many pictures the judge saw."""
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
     """When it was published."""
 
@@ -96,10 +99,10 @@ def look(store: Store, budget: str | None = None) -> tuple[list[Entry], dict[str
 def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
     """The best entry of a budget, of one teacher or of any; None when there is none.
 
-    Judged entries come before unjudged ones: the highest judge score, then the lowest fidelity
-    loss; among unjudged ones the lowest fidelity loss. (Comparing by judge score only where both
-    have one would let three entries beat each other in a circle.) Then fewer parameters, then the
-    older entry.
+    Judged entries come before unjudged ones: the highest score that its pictures make sure of, then
+    the lowest fidelity loss; among unjudged ones the lowest fidelity loss. (Comparing by judge
+    score only where both have one would let three entries beat each other in a circle.) Then fewer
+    parameters, then the older entry.
     """
     candidates = [e for e in entries(store, budget) if teacher is None or e.teacher == teacher]
     return min(candidates, key=rank, default=None)
@@ -173,10 +176,21 @@ def _key(entry: Entry) -> str:
     return f"{layout.registered(entry.budget)}/{moment}-{digest}.json"
 
 
-def rank(entry: Entry) -> tuple[bool, float, float, int]:
+def rank(entry: Entry) -> tuple[bool, float, float, float, int]:
     """The lower, the better; see `best`."""
-    judged = entry.judge_score is not None
-    return (not judged, -(entry.judge_score or 0.0), entry.fidelity_loss, entry.parameters)
+    score = entry.judge_score
+    sure = 0.0 if score is None else assured(score, entry.judged)
+    return (score is None, -sure, -(score or 0.0), entry.fidelity_loss, entry.parameters)
+
+
+def assured(score: float, pictures: int) -> float:
+    """What a share of so many pictures is at least, with 97.5% certainty: the lower end of Wilson's
+    interval. Scores of few pictures and of many then compare; of equally many, as they are."""
+    if pictures == 0:
+        return 0.0
+    spread = 1.96**2 / pictures
+    middle, variance = score + spread / 2, score * (1 - score) + spread / 4
+    return (middle - math.sqrt(spread * variance)) / (1 + spread)
 
 
 def _read(store: Store, key: str) -> Entry:

@@ -172,6 +172,7 @@ def _best_model(store: Store, budget: str) -> str:
 
 def _line(entry: Entry) -> str:
     score = "" if entry.judge_score is None else f"  judge {entry.judge_score:.3f}"
+    score += f" ({entry.judged} pictures)" if entry.judged else ""
     return (
         f"{entry.budget:<8} {entry.parameters:>14,} parameters  fidelity loss "
         f"{entry.fidelity_loss:.4g}{score}  plan {entry.plan_digest}  sweep {entry.sweep}  "

@@ -149,6 +149,7 @@ def _judge(
 
 def _finalist(sweep: Sweep, recovery: Recovery) -> Finalist:
     assert recovery.fidelity_loss is not None, recovery
+    judge = sweep.config.judge
     return Finalist(
         budget=recovery.budget,
         prefix=recovery.student,
@@ -158,6 +159,7 @@ def _finalist(sweep: Sweep, recovery: Recovery) -> Finalist:
         loss_before=recovery.loss_before,
         loss_after=recovery.fidelity_loss,
         scores=scores(judged_of(sweep, recovery.student)),
+        judged=0 if judge.task is None else len(captions_for(judge, ())),
         cost=confirmed(sweep, (recovery.plan, recovery.student)),
     )
 

@@ -43,7 +43,7 @@ def store(url: str, tiny_pipeline: Path) -> Store:
         entry = Entry(
             budget=budget, plan_digest=plan, teacher="t", sweep="one", prefix=f"students/{plan}",
             model=layout.model(budget, plan), parameters=100, fidelity_loss=0.25, judge_score=score,
-            created=START + timedelta(minutes=minutes),
+            judged=480 if score else 0, created=START + timedelta(minutes=minutes),
         )  # fmt: skip
         add(store, entry)
     files = {
@@ -59,7 +59,7 @@ def store(url: str, tiny_pipeline: Path) -> Store:
 def test_lists_the_best_of_each_budget_first(store: Store) -> None:
     shown = espalier("ls", "--storage", store.url)
     assert [line.split()[0] for line in shown.stdout.splitlines()] == ["10B", "50pct", "50pct"]
-    assert "judge 0.900  plan bbbb  sweep one" in shown.stdout.splitlines()[1]
+    assert "judge 0.900 (480 pictures)  plan bbbb  sweep one" in shown.stdout.splitlines()[1]
     read = json.loads(espalier("ls", "--storage", store.url, "--json").stdout)
     assert [entry["plan_digest"] for entry in read] == ["cccc", "bbbb", "aaaa"]
 

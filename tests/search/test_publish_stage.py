@@ -112,6 +112,7 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
     assert best.meta["student"] == "sweeps/tiny/recovery/60pct/second/student"
     assert entry.fidelity_loss == 0.25
     assert entry.judge_score is not None
+    assert entry.judged > 0
     card = (tmp_path / "runs" / entry.model / "README.md").read_text()
     for words in ("## Judge scores", "counting", sweep.teacher.digest, "library_name: diffusers"):
         assert words in card

@@ -6,12 +6,15 @@ import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
+from scipy.stats import binomtest
 
 from storage import layout, registry
 from storage.digest import digest_json
 from storage.manifest import publish, published, read_bytes, verify
-from storage.registry import Entry, add, best, entries, keep_best, remove, show_best
+from storage.registry import Entry, add, assured, best, entries, keep_best, remove, show_best
 from storage.store import open_store
 
 START = datetime(2026, 9, 1, tzinfo=UTC)
@@ -24,7 +27,9 @@ def store(request, tmp_path):
     )
 
 
-def entry(name, loss, score=None, *, budget="10B", teacher="t", minutes=0, parameters=100):
+def entry(
+    name, loss, score=None, *, judged=0, budget="10B", teacher="t", minutes=0, parameters=100
+):
     return Entry(
         budget=budget,
         plan_digest=name,
@@ -34,6 +39,7 @@ def entry(name, loss, score=None, *, budget="10B", teacher="t", minutes=0, param
         parameters=parameters,
         fidelity_loss=loss,
         judge_score=score,
+        judged=judged,
         created=START + timedelta(minutes=minutes),
     )
 
@@ -71,6 +77,20 @@ def test_unjudged_the_lowest_loss_wins(store):
 
 def test_judged_the_highest_score_wins(store):
     assert winner(store, entry("a", 0.1, 0.80), entry("b", 0.3, 0.90)) == "b"
+
+
+def test_few_pictures_beat_many_only_where_they_make_sure_of_it(store):
+    assert winner(store, entry("a", 0.3, 0.9, judged=480), entry("b", 0.1, 1.0, judged=6)) == "a"
+    assert winner(store, entry("c", 0.3, 1.0, judged=60)) == "c"
+
+
+@given(st.integers(1, 10_000), st.data())
+def test_what_is_assured_is_the_lower_end_of_wilsons_interval(pictures, data):
+    passed = data.draw(st.integers(0, pictures))
+    wilson = binomtest(passed, pictures).proportion_ci(0.95, method="wilson").low
+    assert assured(passed / pictures, pictures) == pytest.approx(wilson, abs=1e-4)
+    if passed < pictures:
+        assert assured((passed + 1) / pictures, pictures) > assured(passed / pictures, pictures)
 
 
 def test_equal_scores_are_told_apart_by_loss_then_size_then_age(store):
