@@ -24,6 +24,7 @@ from search.solver import Piece
 from search.space import Space, candidates
 from search.studies import StudyError, StudyLog, journal_file
 from search.trials import SearchConfig, Trial
+from tests.postgres import Postgres
 
 BLOCKS = 4
 
@@ -58,8 +59,11 @@ def trial(number: int, loss: float | None = 0.25) -> Trial:
     )
 
 
-@pytest.fixture(params=["journal", "sqlite"])
+@pytest.fixture(params=["journal", "sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        return server.database()
     journal = journal_file(str(tmp_path / "runs"), "one")
     return journal if request.param == "journal" else f"sqlite:///{tmp_path / 'study.db'}"
 
@@ -210,6 +214,26 @@ def test_a_database_that_comes_back_loses_nothing(
     away.close()
     opened(f"sqlite:///{file}").add([trial(0), trial(1), trial(2)])
     assert numbers(f"sqlite:///{file}") == [0, 1, 2]
+
+
+def test_a_server_that_is_started_again_loses_nothing(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.database()
+    log = opened(url)
+    log.add([trial(0)])
+    postgres.kill()
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 2:
+            postgres.start()
+
+    monkeypatch.setattr(search.studies, "sleep", wait)
+    log.add([trial(1), trial(2)])
+    assert waited == [0.5, 1.0]
+    assert numbers(url) == [0, 1, 2]
 
 
 def test_a_password_in_the_configuration_is_refused() -> None:
