@@ -1,13 +1,13 @@
 """What training takes, from formulas: memory of each GPU and time of each step. Nothing is built.
 
-Memory counts tensors: what CUDA and its allocator take for themselves comes on top, so leave a
-tenth of a GPU free. Tests hold the formulas against real tensors.
+Memory counts tensors: what CUDA and its allocator take for themselves comes on top, so a tenth of a
+GPU stays free. Tests hold the formulas against real tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainers.schedule import Phase, Schedule, StepConfig
@@ -35,6 +35,9 @@ GPUS: Mapping[str, Gpu] = {
     "H200-141GB": Gpu(139.8, 989),
     "B200-180GB": Gpu(178.4, 2250),
 }
+
+USED = 0.9
+"""Part of a GPU that tensors may take."""
 
 MFU = 0.4
 """Share of those products that training is assumed to reach."""
@@ -147,7 +150,7 @@ def activations(run: Run, phase: Phase) -> int:
     part = min(run.step.micro_batch or share, share)
     channels = (pictures.image_tokens + pictures.text_tokens) * family.width(run.config)
     entering = channels + pictures.text_tokens * family.width(run.config)  # text also modulated
-    kept = {block: _kept(run, block) for block in run.plan.blocks}
+    kept = {block: _kept(family, run.config, block, pictures) for block in run.plan.blocks}
     if phase.loss == "span":
         most = max(kept[block] for block in run.plan.blocks if not block.untouched)
         walking = 2 * _STATE * entering * share
@@ -156,6 +159,49 @@ def activations(run: Run, phase: Phase) -> int:
         entered = len(run.plan.blocks) * _STATE * entering
         return part * (entered + max(kept.values()) + _BACKWARD * channels)
     return part * (sum(kept[block] for block in run.plan.blocks) + _BACKWARD * channels)
+
+
+def library_memory(
+    family: Family,
+    config: Config,
+    group: Sequence[BlockPlan],
+    batch_size: int,
+    micro_batch: int | None,
+    pictures: Pictures,
+) -> dict[str, int]:
+    """Bytes of a GPU whose worker trains a group of replacements together, at the fullest moment,
+    by what takes them. The teacher is whole, and reads at most `micro_batch` pictures at a time."""
+    blocks = family.blocks(config)
+    trained = [family.block_parameters(config, block) for block in group]
+    edges = {edge for block in group for edge in (block.span[0], block.span[1] + 1)}
+    width, part = family.width(config), min(micro_batch or batch_size, batch_size)
+    channels = (pictures.image_tokens + pictures.text_tokens) * width
+    entering = channels + pictures.text_tokens * width  # text also modulated
+    graph = max(_kept(family, config, block, pictures) for block in group)
+    # Of linear maps, what they read and should add.
+    mapped = sum((block.ffn == "linear") * channels for block in group)
+    mapped += sum((block.text == "projected") * pictures.text_tokens * width for block in group)
+    return {
+        "teacher": 2 * plan_parameters(identity_plan(family.name, blocks), config),
+        "weights": 4 * sum(trained),
+        "gradients": 4 * sum(trained),
+        "moments": int(_ADAMW * sum(trained)),
+        "states": _STATE * (len(edges) * entering + 2 * mapped) * batch_size,
+        # Weights in half precision beside a replacement's graph, or a pass of the teacher.
+        "activations": max(
+            2 * max(trained) + part * (graph + _SPAN_LOSS * channels), part * _PASSING * channels
+        ),
+    }
+
+
+def library_flops(
+    family: Family, config: Config, group: Sequence[BlockPlan], pictures: Pictures
+) -> float:
+    """Floating-point operations for each picture of a step of such a group."""
+    last = max(block.span[1] for block in group)
+    whole = identity_plan(family.name, family.blocks(config)).blocks[: last + 1]
+    passed = sum(block_flops(family, config, block, pictures) for block in whole)
+    return passed + 3 * sum(block_flops(family, config, block, pictures) for block in group)
 
 
 def step_flops(run: Run, phase: Phase) -> float:
@@ -188,6 +234,7 @@ def block_flops(family: Family, config: Config, block: BlockPlan, pictures: Pict
     return 2.0 * products + 4.0 * (image + text) ** 2 * family.width(config)
 
 
-def _kept(run: Run, block: BlockPlan) -> int:
-    work, pictures = run.family.block_work(run.config, block), run.pictures
+def _kept(family: Family, config: Config, block: BlockPlan, pictures: Pictures) -> int:
+    """Bytes that autograd keeps of a block for one picture."""
+    work = family.block_work(config, block)
     return work.image_kept * pictures.image_tokens + work.text_kept * pictures.text_tokens

@@ -6,6 +6,7 @@ Shapes: B batch, N tokens of one stream, D width, C latent channels of a packed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ def totals(teacher_BND: Tensor, mask_BN: Tensor | None = None) -> Totals:
         return Totals(energy_BN.new_tensor(float(energy_BN.numel())), energy_BN.sum())
     weight_BN = mask_BN.to(energy_BN.dtype)
     return Totals(weight_BN.sum(), (energy_BN * weight_BN).sum())
+
+
+def together(parts: Sequence[Totals]) -> Totals:
+    """The totals of a batch from those of its parts."""
+    return Totals(*(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)))
 
 
 def depth_loss(

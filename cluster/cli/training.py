@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from storage.errors import EspalierError
-from trainers.estimate import GPUS, Pictures, Run, estimate
+from trainers.estimate import (
+    GPUS,
+    USED,
+    Pictures,
+    Run,
+    estimate,
+    library_flops,
+    library_memory,
+)
+from trainers.library.config import LibraryConfig
+from trainers.library.groups import grouped
+from trainers.library.library import LibraryError
+from trainers.library.room import Room, largest_group
+from trainers.students.families import family_named
 
 if TYPE_CHECKING:
     from search.recover import RecoverConfig
@@ -37,14 +50,15 @@ def describe_training(
     if kind not in GPUS:
         raise TrainingError(f"--gpu {kind}: not known; give one of {', '.join(GPUS)}")
     gpu = GPUS[kind]
-    recover, resolution = settings_of(path)
+    recover, library, resolution = settings_of(path)
     schedule = recover.space.schedule(recover.space.middle())
     workers = gpus or recover.range[1]
+    pictures = Pictures.of(resolution, text_tokens)
     run = Run(
         config,
         plan,
         recover.step,
-        Pictures.of(resolution, text_tokens),
+        pictures,
         workers,
         recover.shard_teacher,
         gpu.tflops,
@@ -66,7 +80,7 @@ def describe_training(
                 "steps": phase.steps,
                 "batch_size": phase.batch_size,
                 "memory": {**found.memory, "total": found.total},
-                "fits": found.total <= 0.9 * offered,
+                "fits": found.total <= USED * offered,
                 "flops_per_step": found.flops,
                 "seconds_per_step": found.seconds / phase.steps,
                 "seconds": found.seconds,
@@ -82,12 +96,54 @@ def describe_training(
         "text_tokens": text_tokens,
         "shard_teacher": recover.shard_teacher,
         "step": recover.step.model_dump(mode="json"),
+        "library": _library(
+            plan, config, library, Room(offered, pictures), workers, gpu.tflops * 1e12 * mfu
+        ),
         "phases": phases,
         "seconds": sum(phase["seconds"] for phase in phases),
     }
 
 
-def settings_of(path: Path) -> tuple[RecoverConfig, int]:
+def _library(
+    plan: Plan,
+    config: Mapping[str, Any],
+    library: LibraryConfig,
+    room: Room,
+    workers: int,
+    rate: float,
+) -> dict[str, Any] | None:
+    """What training the plan's replacements takes, as many at a time as there is room for; None
+    when it has none. `rate`: floating-point operations a second of each GPU."""
+    family = family_named(plan.family)
+    blocks = [block for block in plan.blocks if block.start == "library"]
+    if not blocks:
+        return None
+    try:
+        size, fits = largest_group(family, config, blocks, library, room), True
+    except LibraryError:
+        size, fits = 1, False
+    groups = grouped(blocks, workers, size)
+    memory = [
+        library_memory(
+            family, config, group, library.batch_size, library.micro_batch, room.pictures
+        )
+        for group in groups
+    ]
+    fullest = max(memory, key=lambda parts: sum(parts.values()))
+    flops = sum(library_flops(family, config, group, room.pictures) for group in groups)
+    return {
+        "replacements": len(blocks),
+        "group": max(map(len, groups)),
+        "steps": library.steps,
+        "batch_size": library.batch_size,
+        "micro_batch": library.micro_batch,
+        "memory": {**fullest, "total": sum(fullest.values())},
+        "fits": fits,
+        "seconds": library.steps * library.batch_size * flops / rate / min(workers, len(groups)),
+    }
+
+
+def settings_of(path: Path) -> tuple[RecoverConfig, LibraryConfig, int]:
     """How a recipe trains and the size of its pictures; the defaults for a plan alone."""
     from cluster.configfile import load_config
     from search.config import SweepConfig
@@ -95,9 +151,9 @@ def settings_of(path: Path) -> tuple[RecoverConfig, int]:
 
     data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(data, Mapping) or "plan" not in data:
-        return RecoverConfig(), RESOLUTION
+        return RecoverConfig(), LibraryConfig(), RESOLUTION
     recipe = load_config(path, [], SweepConfig)
-    return recipe.recover, recipe.data.resolution
+    return recipe.recover, recipe.library, recipe.data.resolution
 
 
 def print_training(said: Mapping[str, Any]) -> None:
@@ -112,6 +168,8 @@ def print_training(said: Mapping[str, Any]) -> None:
         f"\ntraining on {said['gpus']} × {said['gpu']} ({memory(said['gpu_memory'])}), "
         f"{said['resolution']}-pixel pictures, captions of {said['text_tokens']} tokens"
     )
+    if library := said["library"]:
+        console.print(_library_in_words(library))
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("per GPU")
     for phase in said["phases"]:
@@ -129,3 +187,17 @@ def print_training(said: Mapping[str, Any]) -> None:
         f"together {duration(said['seconds'])}, at {said['mfu']:.0%} of the GPU's "
         f"{said['tflops']:g} TFLOP/s; tensors alone: what CUDA takes for itself comes on top"
     )
+
+
+def _library_in_words(library: Mapping[str, Any]) -> str:
+    from search.report.words import duration, memory
+
+    pictures = library["micro_batch"] or library["batch_size"]
+    said = (
+        f"library: {library['replacements']} replacements, {library['group']} at a time on each "
+        f"GPU, {pictures} of {library['batch_size']} pictures at a time: "
+        f"{memory(library['memory']['total'])}"
+    )
+    if not library["fits"]:
+        return f"{said}, too much; lower library.micro_batch, then library.batch_size"
+    return f"{said}; {library['steps']:,} steps, {duration(library['seconds'])}"

@@ -103,6 +103,9 @@ def test_a_recipe_says_what_training_it_takes() -> None:
     )
     assert span["fits"]
     assert velocity["fits"]
+    library = said["library"]
+    assert (library["batch_size"], library["micro_batch"], library["fits"]) == (32, 2, True)
+    assert library["memory"]["teacher"] == 2 * 20_430_401_088
     assert said["seconds"] == pytest.approx(span["seconds"] + velocity["seconds"])
     faster = json.loads(
         espalier("plan", recipe, "--train", "--gpu", "B200-180GB", "--json").output
@@ -115,6 +118,18 @@ def test_training_is_a_table_for_people(tmp_path: Path) -> None:
     shown = done.output.replace("\n", " ")
     assert "training on 4 × H100-80GB (40.0 GiB)" in shown
     assert "at 40% of the GPU's 989 TFLOP/s" in shown
+
+
+def test_a_library_too_large_for_a_gpu_is_told_before_one_is_paid_for() -> None:
+    recipe = Path("examples/recipes/ppcl-qwen-image-12b.yaml")
+    shown = espalier("plan", recipe, "--train").output.replace("\n", " ")
+    assert "at a time on each GPU, 2 of 32 pictures at a time" in shown
+    small = espalier("plan", recipe, "--train", "--gpu", "A100-40GB")
+    assert "too much; lower library.micro_batch" in small.output.replace("\n", " ")
+    said = json.loads(
+        espalier("plan", recipe, "--train", "--gpu", "A100-40GB", "--json").output
+    )["training"]  # fmt: skip
+    assert not said["library"]["fits"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import PeakMemory
 from tests.trainers.students.tiny import FLUX, QWEN_IMAGE, Tiny
+from trainers.data.latents import Latents, Shard
 from trainers.distilled import Distilled, Observed
 from trainers.estimate import (
     Pictures,
@@ -19,8 +20,11 @@ from trainers.estimate import (
     block_flops,
     estimate,
     held_memory,
+    library_memory,
     step_flops,
 )
+from trainers.library.config import TrainingConfig
+from trainers.library.train import train_replacements
 from trainers.optimizer import make_optimizer
 from trainers.recovery import Example, backward, set_trainable
 from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
@@ -109,6 +113,54 @@ def test_activations_take_what_the_formula_says(
         backward(student, teacher, example, phase, lambda value: value)
     expected = activations(run_of(tiny, plan, step, pictures), phase)
     assert expected == pytest.approx(memory.peak, rel=1 / 6)
+
+
+def few_latents(tiny: Tiny, pictures: Pictures) -> Latents:
+    side, count = round(pictures.image_tokens**0.5), 8
+    shard = Shard(
+        torch.randn(count, 16, 2 * side, 2 * side).to(HALF),
+        torch.randn(count, pictures.text_tokens, 12).to(HALF),
+        torch.ones(count, pictures.text_tokens, dtype=torch.bool),
+        tuple(map(str, range(count))),
+        torch.randn(count, 10).to(HALF) if tiny.name == "flux" else None,
+    )
+    return Latents([shard], held_out=1)
+
+
+def replacements(*spans: tuple[int, int], **variant: object) -> list[BlockPlan]:
+    return [BlockPlan(span=span, start="library", **variant) for span in spans]  # type: ignore[arg-type]
+
+
+SINGLE = [(i, i) for i in range(1, 7)]
+PAIRS = [(i, i + 1) for i in range(6)]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1], ids=["whole", "micro-batches"])
+@pytest.mark.parametrize(
+    ("tiny", "pictures", "group"),
+    [
+        (sized(QWEN_IMAGE, 4, 4), Pictures(1024, 32), replacements((0, 1))),
+        (sized(QWEN_IMAGE, 8, 8), Pictures(256, 128), replacements(*PAIRS)),
+        (sized(QWEN_IMAGE, 4, 8), Pictures(256, 32), replacements(*SINGLE, ffn="linear")),
+        (sized(QWEN_IMAGE, 4, 8), Pictures(256, 32), replacements(*SINGLE, text="projected")),
+        (sized(QWEN_IMAGE, 4, 8), Pictures(256, 32), replacements(*PAIRS, text="shared", ffn=0.5)),
+        (sized(FLUX, 4, 8), Pictures(576, 64), replacements((0, 1), (4, 6))),
+    ],
+    ids=["one", "many", "linear", "projected", "shared", "flux"],
+)
+def test_a_librarys_worker_takes_what_the_formula_says(
+    tiny: Tiny, pictures: Pictures, group: list[BlockPlan], micro_batch: int | None
+) -> None:
+    """Within a sixth, of all that it holds beside the teacher."""
+    blocks = int(tiny.config["num_layers"]) + int(tiny.config.get("num_single_layers", 0))
+    teacher = model(tiny, identity_plan(tiny.name, blocks)).requires_grad_(False)
+    config = TrainingConfig(steps=2, batch_size=4, warmup=1, fit_batches=1)
+    latents = few_latents(tiny, pictures)
+    with PeakMemory() as memory:
+        train_replacements(teacher, tiny.family, group, latents, config, 0, micro_batch=micro_batch)
+    found = library_memory(tiny.family, tiny.config, group, 4, micro_batch, pictures)
+    assert sum(found.values()) - found["teacher"] == pytest.approx(memory.peak, rel=1 / 6)
+    assert found["teacher"] == sum(p.nbytes for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("phase", [SPAN, VELOCITY], ids=["span", "velocity"])

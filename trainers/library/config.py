@@ -55,7 +55,12 @@ class LibraryConfig(TrainingConfig):
     """Teacher blocks that one replacement may stand for at most."""
 
     group: PositiveInt = 24
-    """Replacements that a worker trains in one pass of the teacher, and stores together."""
+    """Replacements that a worker trains in one pass of the teacher, and stores together, at most;
+    fewer on GPUs that have no room for so many."""
+
+    micro_batch: PositiveInt | None = None
+    """Pictures that pass together, at most; null: the whole batch. Fewer take less memory, and
+    change nothing that is learned."""
 
     checkpoint_every: PositiveInt = 100
     """Optimizer steps between checkpoints of each replacement."""

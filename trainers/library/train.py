@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from trainers.data.latents import Latents, training_inputs
+from trainers.data.latents import Latents, shares, training_inputs
 from trainers.library.checkpoints import Checkpoints, History
 from trainers.library.config import TrainingConfig
-from trainers.losses import span_loss
+from trainers.losses import span_loss, together, totals
 from trainers.optimizer import adamw, rate_at
 from trainers.progress import Progress, silent
 from trainers.students.families.base import Context, Family, Inputs, MapPair, State
@@ -59,14 +59,16 @@ def train_replacements(
     seed: int,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
+    micro_batch: int | None = None,
 ) -> dict[BlockPlan, Trained]:
     """Train a replacement for each of `blocks` against a frozen teacher, on the teacher's device.
 
-    One teacher pass a step serves all of them. Linear maps (projected text, linear FFNs) start
-    from their closed-form fits, and are also held to what the teacher does there by their own
-    squared error (PPCL, width distillation). Weights and moments are float32; under a teacher of
-    lower precision the passes run in its dtype. A replacement whose loss is not finite is dropped
-    at that step and says so in its `failed`; the others go on.
+    One teacher pass a step serves all of them, at most `micro_batch` pictures at a time. Linear
+    maps (projected text, linear FFNs) start from their closed-form fits, and are also held to what
+    the teacher does there by their own squared error (PPCL, width distillation). Weights and
+    moments are float32; under a teacher of lower precision the passes run in its dtype. A
+    replacement whose loss is not finite is dropped at that step and says so in its `failed`; the
+    others go on.
 
     With `checkpoints` each replacement goes on from its own newest one, exactly; those that have
     come farther join the others at their step.
@@ -76,7 +78,7 @@ def train_replacements(
     teacher_config = dict(cast("Any", teacher).config)
     teacher_blocks = family.block_modules(teacher)
     started = {block: block.model_copy(update={"start": config.start}) for block in blocks}
-    fitted = _fitted(teacher, family, list(started.values()), latents, config, seed)
+    fitted = _fitted(teacher, family, list(started.values()), latents, config, seed, micro_batch)
     modules = {}
     for block in blocks:
         module = make_block(
@@ -104,30 +106,24 @@ def train_replacements(
         inputs, _ = training_inputs(
             batch.to(example.device, example.dtype), seed, config.timestep_shift
         )
-        states, context, pairs = teacher_states(
-            teacher, family, inputs, edges, set(mapped.values())
-        )
+        parts = _parts(inputs, micro_batch)
+        passes = [
+            teacher_states(teacher, family, part, edges, set(mapped.values())) for part in parts
+        ]
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate_at(step, config.steps, config.warmup)
-        measured = []
-        for block in active:
-            first, last = block.span
-            with torch.autocast(
-                example.device.type, example.dtype, enabled=example.dtype != torch.float32
-            ):
-                after = family.run_block(modules[block], states[first], context)
-            loss = span_loss(
-                after,
-                states[last + 1],
-                inputs.mask_BM,
+        measured = [
+            _backward(
+                family,
+                modules[block],
+                block,
+                mapped.get(block, 0),
+                list(zip(parts, passes, strict=True)),
                 config.magnitude,
-                text=last + 1 < len(teacher_blocks),
+                text=block.span[1] + 1 < len(teacher_blocks),
             )
-            for name in family.maps(block):
-                read_TD, added_TD = map_tokens(pairs[mapped[block]][name], inputs.mask_BM)
-                loss = loss + F.mse_loss(modules[block].get_submodule(name)(read_TD), added_TD)
-            loss.backward()
-            measured.append(loss.detach())
+            for block in active
+        ]
         # Read once a step: every read makes an accelerator wait.
         for block, value in zip(active, torch.stack(measured).tolist(), strict=True):
             histories[block].losses.append(value)
@@ -172,6 +168,44 @@ class TeacherPass(NamedTuple):
     pairs: dict[int, dict[str, MapPair]]
 
 
+def _parts(inputs: Inputs, micro_batch: int | None) -> list[Inputs]:
+    count = len(inputs.noisy_BNC)
+    number = math.ceil(count / (micro_batch or count))
+    return [inputs.rows(slice(*rows)) for rows in shares(count, number)]
+
+
+def _backward(
+    family: Family,
+    module: nn.Module,
+    block: BlockPlan,
+    source: int,
+    parts: Sequence[tuple[Inputs, TeacherPass]],
+    magnitude: float,
+    text: bool,
+) -> Tensor:
+    """Adds the gradient of a replacement's loss over a batch that passes in parts; the loss.
+
+    Its linear maps learn from the teacher block `source`."""
+    first, last = block.span
+    aims = [(seen.states[last + 1], inputs.mask_BM) for inputs, seen in parts]
+    text_whole = together([totals(aim.text_BMD, mask_BM) for aim, mask_BM in aims])
+    image_whole = together([totals(aim.image_BND) for aim, _ in aims])
+    total = text_whole.tokens.new_zeros(())
+    for (inputs, seen), (aim, mask_BM) in zip(parts, aims, strict=True):
+        device, dtype = inputs.noisy_BNC.device.type, inputs.noisy_BNC.dtype
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            after = family.run_block(module, seen.states[first], seen.context)
+        loss = span_loss(after, aim, mask_BM, magnitude, text, (text_whole, image_whole))
+        for name in family.maps(block):
+            pair = seen.pairs[source][name]
+            read_TD, added_TD = map_tokens(pair, mask_BM)
+            error = F.mse_loss(module.get_submodule(name)(read_TD), added_TD)
+            loss = loss + error * (len(read_TD) / (text_whole if pair.text else image_whole).tokens)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
 @torch.no_grad()
 def teacher_states(
     teacher: nn.Module,
@@ -205,6 +239,7 @@ def _fitted(
     latents: Latents,
     config: TrainingConfig,
     seed: int,
+    micro_batch: int | None,
 ) -> Maps:
     example = next(teacher.parameters())
     wanted: dict[int, set[str]] = {}
@@ -213,8 +248,15 @@ def _fitted(
         average = block.start == "average"
         for i in range(first, last + 1) if average else [source_block(block)]:
             wanted.setdefault(i, set()).update(family.maps(block))
+    batches = islice(latents.batches(seed, config.batch_size), config.fit_batches)
     inputs = (
-        training_inputs(batch.to(example.device, example.dtype), seed, config.timestep_shift)[0]
-        for batch in islice(latents.batches(seed, config.batch_size), config.fit_batches)
+        part
+        for batch in batches
+        for part in _parts(
+            training_inputs(batch.to(example.device, example.dtype), seed, config.timestep_shift)[
+                0
+            ],
+            micro_batch,
+        )
     )
     return fit_maps(teacher, family, inputs, wanted)

@@ -77,6 +77,7 @@ class LibraryWorker:
                 self._seed,
                 self,
                 checkpoints,
+                self._config.micro_batch,
             )
         finally:
             # Whoever trains them next must not meet a save of ours.

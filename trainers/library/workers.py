@@ -16,6 +16,7 @@ from trainers.library.library import (
     read_meta,
     replacement_prefix,
 )
+from trainers.library.room import find_room, largest_group
 from trainers.library.worker import LibraryWorker
 from trainers.placement import Accelerator, share_of
 from trainers.probe import ProbeConfig
@@ -101,8 +102,14 @@ def train_library(
                 done, len(missing) * config.steps, trained=trained, reused=reused, **facts
             )
 
-        crew = Crew(start, workers, store, {b: prefixes[b] for b in missing}, config)
-        crew.run(grouped(missing, workers, config.group), report)
+        most = config.group
+        if accelerator == "gpu":
+            room = find_room(store.url, options, encoding, share)
+            most = largest_group(teacher.family, teacher.config, missing, config, room)
+        # What a lost worker leaves is grouped anew.
+        sized = config.model_copy(update={"group": most})
+        crew = Crew(start, workers, store, {b: prefixes[b] for b in missing}, sized)
+        crew.run(grouped(missing, workers, most), report)
         lost, interruptions = crew.failed, tuple(crew.interruptions)
         known |= {block: read_meta(store, prefixes[block]) for block in missing}
     dropped = {block: meta.failed for block, meta in known.items() if meta and meta.failed}

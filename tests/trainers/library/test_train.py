@@ -50,6 +50,37 @@ def test_a_replacement_is_the_same_whatever_is_trained_beside_it(teacher: nn.Mod
         assert together[block].failed is None
 
 
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_a_batch_in_parts_teaches_what_the_whole_does(teacher: nn.Module, micro_batch: int):
+    """Captions of several lengths and linear maps too, whose tokens parts share unevenly."""
+    whole = train(teacher, BLOCKS)
+    parts = train_replacements(
+        teacher, FAMILY, BLOCKS, small_latents(), CONFIG, seed=5, micro_batch=micro_batch
+    )
+    for block in BLOCKS:
+        assert parts[block].losses == pytest.approx(whole[block].losses, rel=1e-4), block
+        expected, found = whole[block].module.state_dict(), parts[block].module.state_dict()
+        for name, tensor in expected.items():
+            # A step of Adam moves a weight by the rate, whatever the size of its gradient: where
+            # that is next to nothing, its sign is noise.
+            apart = (found[name] - tensor).square().mean().sqrt()
+            assert apart < CONFIG.lr / 20, (block, name)
+
+
+def test_no_more_pictures_pass_together_than_asked(teacher: nn.Module):
+    counts = []
+    hook = FAMILY.block_modules(teacher)[0].register_forward_hook(
+        lambda _, read, named, out: counts.append(len(out[0])), with_kwargs=True
+    )
+    try:
+        train_replacements(
+            teacher, FAMILY, BLOCKS[:1], small_latents(), CONFIG, seed=5, micro_batch=3
+        )
+    finally:
+        hook.remove()
+    assert counts == [2, 2] * STEPS
+
+
 def test_a_replacement_says_which_of_its_fits_were_singular(teacher: nn.Module):
     blocks = [BLOCKS[0], BLOCKS[4]]
     few = CONFIG.model_copy(update={"fit_batches": 1, "batch_size": 1, "steps": 1})
