@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -89,6 +89,7 @@ def run_rank(
     names = [f"rank{rank}/block{i}" for i in range(16)]
     held = {name: torch.randn(rows, 4096) for name in names}
     size = sum(tensor.nbytes for tensor in held.values())
+    parts = [os.urandom(_PART) for _ in range(size // _PART)]
     saver = Saver(store, "run", rank=rank, world=options.ranks, keep=1)
     turns: list[dict[str, float]] = []
     for turn in range(1 + options.turns):  # the first opens connections and files
@@ -106,12 +107,12 @@ def run_rank(
             seconds[f"{name}_cpu"] = cpu_seconds(computing) - computed
             seconds[f"{name}_memory"] = peak() - before
 
-        timed("raw_put", lambda: raw_put(store, f"raw/{rank}", size))
+        timed("raw_put", lambda: raw_put(store, f"raw/{rank}", parts))
         blocked = saver.blocked
         timed("stage", partial(saver.save, turn, {}, {"turn": turn}, own=held))
         seconds["blocked"] = saver.blocked - blocked
         timed("upload", saver.finish)
-        timed("raw_put_after", lambda: raw_put(store, f"raw/{rank}", size))
+        timed("raw_put_after", lambda: raw_put(store, f"raw/{rank}", parts))
         # Written, since pages that nobody has touched would be made during the restore.
         into = {name: torch.full((rows, 4096), math.nan) for name in names}
         timed("raw_get", lambda: raw_get(store, f"raw/{rank}", size))
@@ -128,23 +129,22 @@ def run_rank(
     results.put({"bytes": size, "turns": turns})
 
 
-def raw_put(store: Store, key: str, size: int) -> None:
-    """As many bytes by parallel multipart puts: nothing is read, hashed or copied for them."""
+def raw_put(store: Store, key: str, parts: Sequence[bytes]) -> None:
+    """Parallel multipart puts of what is in memory, part by part: nothing is read, hashed or copied
+    for them. Parts of their own, as a checkpoint has: one sent over and over stays in the cache."""
     files, bucket, name = raw(store, key)
     upload = files.call_s3("create_multipart_upload", Bucket=bucket, Key=name)["UploadId"]
-    part = os.urandom(_PART)
 
     def put(number: int) -> dict[str, Any]:
-        answer = files.call_s3(
-            "upload_part", Bucket=bucket, Key=name, UploadId=upload, PartNumber=number, Body=part
-        )
+        body, which = parts[number - 1], {"UploadId": upload, "PartNumber": number}
+        answer = files.call_s3("upload_part", Bucket=bucket, Key=name, Body=body, **which)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     with ThreadPoolExecutor(_IN_FLIGHT) as pool:
-        parts = list(pool.map(put, range(1, 1 + size // _PART)))
+        sent = list(pool.map(put, range(1, 1 + len(parts))))
     files.call_s3(
         "complete_multipart_upload", Bucket=bucket, Key=name, UploadId=upload,
-        MultipartUpload={"Parts": parts},
+        MultipartUpload={"Parts": sent},
     )  # fmt: skip
 
 
