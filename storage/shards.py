@@ -213,7 +213,7 @@ def write_share(
     store.write(f"{prefix}/{name}.safetensors", cast("BinaryIO", hashed))
     share = Share(
         file=f"{name}.safetensors",
-        entry=FileEntry(size=hashed.size, blake3=pieces.pieces()),
+        entry=FileEntry(size=hashed.size, xxh3=pieces.pieces()),
         tensors=dict(tensors),
     )
     content = share.model_dump_json().encode()

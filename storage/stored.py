@@ -122,9 +122,9 @@ class StoredTensors:
 
     def _read(self, window: _Window) -> None:
         entry = self._manifest.files.get(window.file)
-        if entry is None or not entry.blake3:
+        if entry is None or not entry.xxh3:
             raise self._damaged(f"{window.file} is not among its files")
-        count = min(window.pieces, len(entry.blake3) - window.first)
+        count = min(window.pieces, len(entry.xxh3) - window.first)
         if count <= 0:
             raise self._damaged(f"{window.file} is shorter than its index says")
         start = window.first * PIECE

@@ -125,7 +125,7 @@ class Teacher:
         return Weights(
             {
                 name: PiecedFile(store, prefix, name, entry).open
-                if entry.blake3
+                if entry.xxh3
                 else partial(store.read, f"{prefix}/{name}")
                 for name, entry in sorted(manifest.files.items())
                 if _is_remote(name)
