@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -15,11 +16,20 @@ _FIRST_SECONDS = 0.2
 _LONGEST_SECONDS = 20.0
 
 
+_hurried = threading.Event()
+
+
 class Patience(NamedTuple):
     """When to give up: after so many attempts, but not before so many seconds have passed."""
 
     attempts: int
     seconds: float
+
+
+def hurry() -> None:
+    """From now on nothing in this process is tried again: whoever ends it shall not wait for a
+    store that is out."""
+    _hurried.set()
 
 
 def retried(
@@ -36,7 +46,7 @@ def retried(
         except Exception as error:
             left -= 1
             over = left <= 0 and time.monotonic() - begun >= patience.seconds
-            if over or not passing(error):
+            if over or _hurried.is_set() or not passing(error):
                 raise
-        time.sleep(random.uniform(0, longest))
+        _hurried.wait(random.uniform(0, longest))
         longest = min(_LONGEST_SECONDS, 2 * longest)

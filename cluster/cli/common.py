@@ -6,16 +6,19 @@ Exit codes: 0 done, 1 something the user gave is wrong (one sentence says what),
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from storage.errors import EspalierError
+from storage.retry import hurry
 
 if TYPE_CHECKING:
     from search.config import SweepConfig
@@ -48,6 +51,7 @@ def endings(resume: str | None = None) -> Iterator[None]:
 
     `resume` is the command line that takes up interrupted work.
     """
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except EspalierError as error:
@@ -67,6 +71,14 @@ def endings(resume: str | None = None) -> Iterator[None]:
             traceback.print_exception(cause, file=sys.stderr)
         again = f"; what is finished stays, run again with: {resume}" if resume else ""
         _complain(f"{failure}{again}", STAGE_FAILED)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Threads that wait for a store would hold up the end."""
+    hurry()
+    signal.default_int_handler(number, frame)
 
 
 def user_error(error: BaseException | None) -> EspalierError | None:

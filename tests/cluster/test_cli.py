@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,6 +68,32 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_an_interruption_waits_for_no_store() -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+from cluster.cli.common import endings
+from storage.retry import Patience, retried
+
+def answer():
+    print("asked", flush=True)
+    raise OSError("the store is out")
+
+with endings(), ThreadPoolExecutor() as pool:
+    pool.submit(retried, answer, lambda error: True, Patience(1, 3600.0)).result()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as asking:
+        try:
+            assert asking.stdout is not None
+            assert asking.stdout.readline() == "asked\n"
+            asking.send_signal(signal.SIGINT)
+            _, said = asking.communicate(timeout=120)
+        finally:
+            asking.kill()
+    assert said.startswith("espalier: interrupted\n")
 
 
 def test_help_has_examples() -> None:

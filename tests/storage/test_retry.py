@@ -12,8 +12,9 @@ from storage.retry import Patience, retried
 def waits(monkeypatch):
     """What was waited, each wait as long as it may be; no other time passes."""
     slept: list[float] = []
-    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept))
-    monkeypatch.setattr(storage.retry, "time", clock)
+    monkeypatch.setattr(storage.retry, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
+    never = SimpleNamespace(wait=slept.append, is_set=lambda: False)
+    monkeypatch.setattr(storage.retry, "_hurried", never)
     monkeypatch.setattr(storage.retry, "random", SimpleNamespace(uniform=lambda low, high: high))
     return slept
 
