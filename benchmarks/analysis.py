@@ -36,13 +36,13 @@ def main() -> None:
     blocks = family.block_modules(teacher)
     settings = sweep.config.analyse
     started = time.perf_counter()
-    alone = Measurer(teacher, family, latents, sweep.candidates, settings, sweep.config.seed)
+    alone = Measurer(teacher, family, latents, sweep.analysed, settings, sweep.config.seed)
     alone.gather()
     solved = [alone.solve(i, alone.take(i)) for i in range(len(blocks))]
     analysis = alone.conclude(solved, [alone.effects(*solved)], [alone.samples()])
     seconds = time.perf_counter() - started
     probes = {key: weight for one in solved for key, weight in one.probes.items()}
-    merged = [b for b in sweep.candidates if b.length > 1 and b.depth_only]
+    merged = [b for b in sweep.analysed if b.length > 1 and b.depth_only]
     spans = [block.span for block in merged]
 
     started = time.perf_counter()

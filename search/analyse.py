@@ -15,14 +15,14 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from search.budget import Target
 from search.solver import damages_through
-from search.space import priced_space
+from search.space import priced_space, started
 from storage.errors import DamagedError
 from storage.manifest import publish, published, read_bytes, read_json
 from storage.section import Section
 from storage.store import Store
 from trainers.measure import Table
 from trainers.students.families.base import Config
-from trainers.students.plan import BlockPlan, Plan
+from trainers.students.plan import BlockPlan, Plan, Start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,8 @@ class AnalyseConfig(Section):
 
     replacements: PositiveInt = 48
     """Replacements nominated for the library at most; those of the plans that a search starts from
-    (search.rules) come first and count."""
+    (search.rules) come first and count. One that is offered with several library.starts counts
+    once: only `library` is trained."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def nominate(
     most: int,
     plans: Sequence[Plan] = (),
     table: Table | None = None,
+    starts: Sequence[Start] = ("library",),
 ) -> list[BlockPlan]:
     """The replacements that a library should hold for students within the budgets of `targets`.
 
@@ -144,9 +146,14 @@ def nominate(
     are, so that each budget can be met; then, up to `most`, those whose best plan comes closest to
     the best of all: a replacement's regret is the damage that a plan at least takes on by using it,
     relative to the best plan under the same budget, and its lowest over the budgets counts.
+
+    What is chosen so is offered from each of `starts` that can make it, since the damages, which
+    are of trained ones, do not tell them apart; all of them count as one.
     """
-    whole = priced_space(family, config, damages, table)
-    chosen = dict.fromkeys(b for plan in plans for b in plan.blocks if not b.untouched)
+    offered = {block: damage for block, damage in damages.items() if started(block, starts)}
+    whole = priced_space(family, config, offered, table)
+    needed = [b for plan in plans for b in plan.blocks if not b.untouched]
+    chosen = dict.fromkeys(b.model_copy(update={"start": "library"}) for b in needed)
     regrets: dict[BlockPlan, float] = {}
     for target in targets:
         space = whole.within(target.currency)
@@ -162,7 +169,7 @@ def nominate(
             break
         if not block.untouched:
             chosen[block] = None
-    return list(chosen)
+    return list(dict.fromkeys([*needed, *(b for c in chosen for b in started(c, starts))]))
 
 
 _TENSORS = (

@@ -1,7 +1,8 @@
 """What a person reads off a plan or a schedule: a few numbers instead of a choice for each block.
 
-The search itself sees a plan as one number for every boundary and width (search/space.py), dozens
-of them; no one can look at those side by side. These numbers decide nothing, they show.
+The search itself sees a plan as numbers for every boundary, width, text and start
+(search/space.py), dozens of them; no one can look at those side by side. These numbers decide
+nothing, they show.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 PLAN_READING = (
     "Own blocks are the teacher’s, kept as they are; merge depth is where the merged ones lie on "
-    "average, from the first block (0%) to the last (100%)."
+    "average, from the first block (0%) to the last (100%); untrained ones are cut from the "
+    "teacher, and no replacement was trained for them."
 )
 """What the names of a plan's features mean."""
 SCHEDULE_READING = "Phases are numbered, and named by what they match; lr is the learning rate."
@@ -38,6 +40,7 @@ def plan_features(plan: Plan) -> dict[str, int | float]:
         "merge depth": round(statistics.fmean(merged) / last, 4) if merged else 0.5,
         "FFN kept": round(statistics.fmean(block.kept for block in plan.blocks), 4),
         "text given up": sum(block.text != "dual" for block in plan.blocks),
+        "untrained": sum(block.untrained for block in plan.blocks),
     }
 
 

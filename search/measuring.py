@@ -35,7 +35,7 @@ def measure_apart(sweep: Sweep, progress: Progress) -> None:
     actors: list[Any] = [
         actor_class.remote(
             sweep.teacher, sweep.store.url, sweep.config.store, sweep.encoded_prefix, share,
-            candidates=sweep.candidates, config=config, seed=sweep.config.seed,
+            candidates=sweep.analysed, config=config, seed=sweep.config.seed,
             part=part, parts=parts,
         )
         for part in range(parts)

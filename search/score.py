@@ -1,7 +1,7 @@
 """Scores plans on warm models: assembles a student from the library and measures its fidelity.
 
 Nothing is copied: a student is the teacher with some of its blocks taken from the library, run
-block by block; only what a given plan cuts out of the teacher is made anew. Teacher, library and
+block by block; only what is averaged or narrowed untrained is made anew. Teacher, library and
 probe are mapped from files that a node fetches once, so on CPUs all scoring processes of a node
 share one copy. Plain torch; search/study.py puts it into Ray actors. Shapes: B batch, N image
 tokens, C latent channels of a packed token.
@@ -192,10 +192,11 @@ class Scorer:
         return module
 
     def _cut(self, block: BlockPlan) -> nn.Module:
-        """As recovery cuts it out of the teacher: a given plan may name blocks that no library
-        trains."""
-        from trainers.students.surgery import make_block
+        """As recovery cuts it out of the teacher."""
+        from trainers.students.surgery import make_block, source_block
 
+        if block.depth_only and block.start != "average":
+            return self._own[source_block(block)]
         return make_block(self._family, self._config, self._own, block)
 
 

@@ -5,7 +5,8 @@ to the measured damage of the pieces, 1 forbids merging across it. The exact sol
 best plan under the budget with the damages so reweighted, so every point is a valid plan that fits
 and uses its budget. All zeros is the exact plan itself: the search moves away from it only where
 scored plans say that summed damage misleads. Widths and text streams are held in the same way,
-block by block.
+block by block; and where pieces of several starts are at hand, each of these starts against the
+others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, get_args
 
 from search.budget import Currency
 from search.costs import costs_in
@@ -22,7 +23,7 @@ from search.solver import Partition, Piece, Pieces, best_partitions, smallest
 from trainers.measure import Table
 from trainers.students.families import family_named
 from trainers.students.families.base import Config
-from trainers.students.plan import BlockPlan, Ffn, Plan, PlanError, Text
+from trainers.students.plan import BlockPlan, Ffn, Plan, PlanError, Start, Text
 
 Holds = Mapping[str, float]
 
@@ -60,9 +61,10 @@ class Space:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The numbers a point has: `keep_i` holds the boundary before block i, `wide_i` the FFN
-        width of block i, `dual_i` its text stream. Only what some piece gives up."""
-        given_up = {name for block in self.pieces for name in _given_up(block)}
-        kinds = ("keep", "wide", "dual")
+        width of block i, `dual_i` its text stream, `average_i` that what replaces it starts from
+        an average, and so for each start. Only what some piece gives up."""
+        given_up = {name for names in self._given_up.values() for name in names}
+        kinds = ("keep", "wide", "dual", *get_args(Start))
         every = (f"{kind}_{i}" for kind in kinds for i in range(self.teacher_blocks))
         return tuple(name for name in every if name in given_up)
 
@@ -94,10 +96,9 @@ class Space:
         for i, block in enumerate(plan.blocks):
             if block not in self.pieces:
                 raise PlanError(
-                    f"block {i}: the library has no replacement for {block} with start "
-                    f"{block.start!r}; train it first"
+                    f"block {i}: the library has no replacement for {block}; make it first"
                 )
-        given_up = {name for block in plan.blocks for name in _given_up(block)}
+        given_up = {name for block in plan.blocks for name in self._given_up[block]}
         return {name: 0.0 if name in given_up else 1.0 for name in self.names}
 
     def holds(self, plan: Plan) -> bool:
@@ -126,8 +127,32 @@ class Space:
         damages = [piece.damage for piece in self.pieces.values() if piece.damage > 0]
         return statistics.median(damages) if damages else 1.0
 
+    @cached_property
+    def _given_up(self) -> dict[BlockPlan, list[str]]:
+        """What each piece gives up; boundary i lies before teacher block i."""
+        changed = [block for block in self.pieces if not block.untouched]
+        starts: list[set[Start]] = [set() for _ in range(self.teacher_blocks)]
+        # The longest first, of which every start makes another block: where one of them names a
+        # shorter block too, that needs no name of its own.
+        for block in sorted(changed, key=lambda block: (-block.length, block.start)):
+            for i in _places(block):
+                if starts[i].isdisjoint(block.starts):
+                    starts[i].add(block.start)
+
+        def names(block: BlockPlan) -> Iterator[str]:
+            places = _places(block)
+            yield from (f"keep_{i}" for i in places[1:])
+            if block.ffn != 1.0:
+                yield from (f"wide_{i}" for i in places)
+            if block.text != "dual":
+                yield from (f"dual_{i}" for i in places)
+            # Sorted: a set has another order in every process, and sums differ by their order.
+            yield from (f"{s}_{i}" for i in places for s in sorted(starts[i] - block.starts))
+
+        return {block: [] if block.untouched else list(names(block)) for block in self.pieces}
+
     def _held(self, block: BlockPlan, piece: Piece, holds: Holds) -> Piece:
-        penalty = sum(_penalty(holds[name]) for name in _given_up(block))
+        penalty = sum(_penalty(holds[name]) for name in self._given_up[block])
         return piece._replace(damage=piece.damage + self._unit * penalty)
 
 
@@ -136,21 +161,38 @@ def candidates(
     max_span: int,
     widths: Sequence[Ffn],
     texts: Sequence[Text] = ("dual",),
+    starts: Sequence[Start] = ("library",),
 ) -> list[BlockPlan]:
     """Every block that a plan may have: spans up to `max_span`, with the teacher's FFN and text
-    stream and with each other width and text."""
+    stream and with each other width and text, from each start."""
     spans = [
         (first, first + length - 1)
         for length in range(1, max_span + 1)
         for first in range(teacher_blocks - length + 1)
     ]
     return [
-        BlockPlan(span=span, start="library", ffn=ffn, text=text)
+        block
         for span in spans
         for ffn in dict.fromkeys((1.0, *widths))
         for text in dict.fromkeys(("dual", *texts))
         if span[0] > 0 or text != "projected"  # nothing before the first block has a text branch
+        for block in started(BlockPlan(span=span, ffn=ffn, text=text), starts)
     ]
+
+
+def started(block: BlockPlan, starts: Sequence[Start]) -> list[BlockPlan]:
+    """The block of this span, width and text from each start that can make it; each block once."""
+    # Cut from the teacher without training, linear maps would be zeros: where plans are scored and
+    # students assembled nothing is fitted.
+    mapped = block.text == "projected" or block.ffn == "linear"
+    shape = block.model_dump(exclude={"start"})
+    made: list[BlockPlan] = []
+    for start in get_args(Start):
+        if start in starts and (start == "library" or not mapped):
+            one = BlockPlan(**shape, start=start)
+            if not any(one.start in other.starts for other in made):
+                made.append(one)
+    return made
 
 
 def priced_space(
@@ -177,12 +219,6 @@ def _penalty(hold: float) -> float:
     return hold / (1 - hold) if hold < 1 - 1 / _FORBIDDEN else _FORBIDDEN
 
 
-def _given_up(block: BlockPlan) -> list[str]:
-    """What a block gives up of the teacher; boundary i lies before teacher block i."""
-    first, last = block.span
-    names = [f"keep_{i}" for i in range(first + 1, last + 1)]
-    if block.ffn != 1.0:
-        names += [f"wide_{i}" for i in range(first, last + 1)]
-    if block.text != "dual":
-        names += [f"dual_{i}" for i in range(first, last + 1)]
-    return names
+def _places(block: BlockPlan) -> range:
+    """The teacher blocks of its span."""
+    return range(block.span[0], block.span[1] + 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -28,7 +29,7 @@ from trainers.data.encode import encoding_digest
 from trainers.measure import Table, variant
 from trainers.students.counts import plan_parameters
 from trainers.students.families.base import check_plan
-from trainers.students.plan import BlockPlan, Plan, PlanError, identity_plan
+from trainers.students.plan import BlockPlan, Plan, PlanError, Start, identity_plan
 from trainers.teacher import Teacher, open_teacher
 
 CONFIG = "config.json"
@@ -67,12 +68,24 @@ class Sweep:
         """Every block that a student of this configuration may have."""
         if self.config.plan is not None:
             return list(self.config.plan.blocks)
+        return self._offered(self.config.library.starts)
+
+    @cached_property
+    def analysed(self) -> list[BlockPlan]:
+        """The blocks whose damage the analysis estimates: it does not know their starts apart, so
+        that each span, width and text is there once, as the library would train it."""
+        if self.config.plan is not None:
+            return self.candidates
+        return self._offered(("library",))
+
+    def _offered(self, starts: Sequence[Start]) -> list[BlockPlan]:
         library, teacher = self.config.library, self.teacher
         every = candidates(
             self.teacher_blocks,
             min(library.max_span, self.teacher_blocks),
             library.widths,
             library.texts,
+            starts,
         )
         return [b for b in every if teacher.family.refusal(teacher.config, b) is None]
 
@@ -188,6 +201,7 @@ class Sweep:
 
     @cached_property
     def library_digest(self) -> str:
+        starts = sorted({*self.config.library.starts})
         return _digest(
             self.analysis_digest,
             self.config.library.training,
@@ -196,6 +210,8 @@ class Sweep:
                 include={"exact", "rules", "earlier", "noise_power", "least_cka", "next_interval"}
             ),
             self.config.seed,
+            # A library of trained replacements alone is named as before there were others.
+            *([starts] if starts != ["library"] else []),
         )
 
     @property

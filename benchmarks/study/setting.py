@@ -68,7 +68,7 @@ class Setting:
     def analysis(self, seed: int) -> Analysis:
         """The teacher as measured on the calibration pictures of a seed."""
         config = self.sweep.config.analyse
-        return analyse(self.teacher, self.family, self.latents, self.sweep.candidates, config, seed)
+        return analyse(self.teacher, self.family, self.latents, self.sweep.analysed, config, seed)
 
     def ground(self, analysis: Analysis) -> Ground:
         return Ground(self.family.name, self.config, analysis)

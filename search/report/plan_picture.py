@@ -1,11 +1,12 @@
-"""A plan as a picture: which teacher blocks become which student block, and how wide its FFNs are.
+"""A plan as a picture: which teacher blocks become which student block, how wide its FFNs are, and
+what it starts from.
 
 Used by the report and by the model card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from search.report.canvas import LIGHT, POINTS, Drawing, Theme, figure, png
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from trainers.students.plan import BlockPlan, Plan
+    from trainers.students.plan import BlockPlan, Plan, Start
 
 LONGEST_ROW = 32
 """Teacher blocks in one row; a longer teacher is wrapped between two spans."""
@@ -24,12 +25,20 @@ CELL, MARGIN = 46, 84
 WIDEST = 940
 LINEAR = 0.08
 """Height of a block with linear FFNs, as a part of the full one."""
+HATCH = "///"
+"""Of a block that starts untrained."""
+_SOURCE: Mapping[Start, str] = {
+    "first": "first block",
+    "middle": "middle block",
+    "average": "average",
+}
 
 READING = (
     "Above are the teacher’s blocks in the order they run, below the student’s. A colour fans the "
     "blocks of one span into the block that replaces them; a grey block is the teacher’s own. The "
     "height of a student block is the kept width of its FFNs, its dashed outline the full width. P "
-    "marks projected text, S text and image in one shared stream."
+    "marks projected text, S text and image in one shared stream. A hatched block starts "
+    "untrained, cut from its teacher blocks."
 )
 """How to read the picture."""
 
@@ -60,6 +69,10 @@ def in_words(plan: Plan) -> str:
         text: [span(*b.span) for b in plan.blocks if b.text == text]
         for text in ("projected", "shared")
     }
+    cut_from = {
+        source: [span(*b.span) for b in plan.blocks if b.untrained and b.start == start]
+        for start, source in _SOURCE.items()
+    }
     own = sum(block.untouched for block in plan.blocks)
     parts = [f"{plan.teacher_blocks} teacher blocks become {len(plan.blocks)}"]
     if merged:
@@ -67,6 +80,11 @@ def in_words(plan: Plan) -> str:
     if cut:
         parts.append("FFNs are narrowed in " + ", ".join(cut))
     parts += [f"text is {text} in {', '.join(found)}" for text, found in texts.items() if found]
+    parts += [
+        f"cut untrained from the {source} are {', '.join(found)}"
+        for source, found in cut_from.items()
+        if found
+    ]
     blocks = "block is" if own == 1 else "blocks are"
     parts.append(f"{own or 'no'} {blocks} the teacher’s own")
     return "; ".join(parts)
@@ -152,7 +170,8 @@ def _row(
                 fontsize=min(10.0, cell * 0.36) * POINTS,
             )  # fmt: skip
         bar = full * max(block.kept, LINEAR)
-        _cell(ax, low, top + STUDENT, high - low, bar, colour)
+        hatch = theme.surface if block.untrained else None
+        _cell(ax, low, top + STUDENT, high - low, bar, colour, hatch=hatch)
         if block.text != "dual":
             ax.text(
                 middle, top + STUDENT + bar / 2, block.text[0].upper(), ha="center", va="center",
@@ -165,10 +184,18 @@ def _row(
 
 
 def _cell(
-    ax: Axes, x: float, y: float, width: float, height: float, fill: str, edge: str | None = None
+    ax: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    fill: str,
+    edge: str | None = None,
+    hatch: str | None = None,
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    cell = Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge or "none")
+    cell = Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge or hatch or "none")
+    cell.set(hatch=HATCH if hatch else None)
     cell.set(linewidth=0.8 if edge else 0, linestyle=(0, (3, 2)))
     ax.add_patch(cell)

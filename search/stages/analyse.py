@@ -29,16 +29,16 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             progress,
             teacher=sweep.teacher,
             encoded=sweep.encoded_prefix,
-            candidates=sweep.candidates,
+            candidates=sweep.analysed,
             config=config,
             seed=sweep.config.seed,
             out=sweep.analysis_prefix,
         )
     family, settings = sweep.teacher.family, sweep.teacher.config
-    wanted = wanted_maps(family, settings, sweep.candidates)
+    wanted = wanted_maps(family, settings, sweep.analysed)
     taken = memory(settings, family, wanted, config.tokens)
     said = (
-        f"{sweep.teacher_blocks} blocks, {len(sweep.candidates)} candidate replacements, "
+        f"{sweep.teacher_blocks} blocks, {len(sweep.analysed)} candidate replacements, "
         f"statistics of {words.memory(taken)}"
     )
     analysis = load_analysis(sweep.store, sweep.analysis_prefix)

@@ -1,4 +1,5 @@
-"""Stage 3: a trained replacement for every span and width that the analysis nominates."""
+"""Stage 3: replacements for every span, width and text that the analysis nominates, from each start
+that the configuration offers."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         seed=config.seed,
         progress=progress,
     )
-    said = f", {len(report.failed)} failed" if report.failed else ""
+    said = f", {report.measured} cut from the teacher and measured" if report.measured else ""
+    said += f", {len(report.failed)} failed" if report.failed else ""
     if report.ridged:
         said += f"; {len(report.ridged)} with singular fits, ridged (more library.fit_batches help)"
     if report.interruptions:
@@ -44,6 +46,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         f"{report.trained} replacements trained, {report.reused} reused{said}",
         {
             "trained": report.trained,
+            "measured": report.measured,
             "reused": report.reused,
             "failed": [[str(block), why] for block, why in report.failed.items()],
             "interruptions": [str(interruption) for interruption in report.interruptions],
@@ -72,6 +75,7 @@ def nominated(sweep: Sweep, earlier: Sequence[Start] = ()) -> list[BlockPlan]:
         sweep.config.analyse.replacements,
         [plan for _, _, plan in (*starts, *earlier)],
         sweep.table,
+        sweep.config.library.starts,
     )
 
 

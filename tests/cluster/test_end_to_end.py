@@ -93,7 +93,10 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
     assert again[-1] == events[-1]
 
     trained = set(store.keys("library"))
-    other = write_config(tmp_path, tiny_pipeline, s3_url, name="other", budgets=["80%"])
+    other = write_config(
+        tmp_path, tiny_pipeline, s3_url, name="other", budgets=["80%"],
+        library={**TINY["library"], "starts": ["library", "average"]},
+    )  # fmt: skip
     for stage in ("encode", "analyse"):
         assert ended(espalier(stage, other)) == {stage: True}
     library = espalier("library", other)
@@ -103,7 +106,15 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
     facts = record.meta["facts"]
     assert isinstance(facts, Mapping)
     added = {key.rsplit("/", 1)[0] for key in set(store.keys("library")) - trained}
-    assert facts["trained"] == len(added)
+    assert facts["measured"] > 0
+    assert facts["trained"] + facts["measured"] == len(added)
+
+    assert ended(espalier("search", other)) == {"search": False}
+    trials = load_trials(store, layout.search("other"))
+    assert trials is not None
+    assert all(trial.state == "complete" for trial in trials)
+    changed = [b for trial in trials for b in trial.plan.blocks if not b.untouched]
+    assert {block.untrained for block in changed} == {True, False}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,17 +17,22 @@ from search.ranks import rank_correlation
 from search.samplers import POPULATION, SAMPLERS, Sampler
 from search.solver import Piece
 from search.space import Space, candidates
+from trainers.students.plan import Start as BlockStart
 from trainers.students.plan import uniform_plan
 
 BLOCKS = 8
 TARGETS = [Target("50pct", 45), Target("70pct", 61)]
 
 
-def make_space(max_span: int = 3, widths: tuple[float, ...] = (1.0, 0.5)) -> Space:
+def make_space(
+    max_span: int = 3,
+    widths: tuple[float, ...] = (1.0, 0.5),
+    starts: Sequence[BlockStart] = ("library",),
+) -> Space:
     rng = random.Random(0)
     pieces = {
         b: Piece(0.0 if b.untouched else b.length * rng.random(), 10 if b.ffn == 1 else 7)
-        for b in candidates(BLOCKS, max_span, widths)
+        for b in candidates(BLOCKS, max_span, widths, starts=starts)
     }
     return Space("qwen_image", BLOCKS, 5, pieces)
 
@@ -109,6 +115,18 @@ def test_every_plan_fits_its_budget_and_comes_once(space: Space, alone: list[Pro
     assert len({p.plan.digest for p in alone}) == len(alone)
     later = [p.budget for p in alone[6:]]
     assert later == ["50pct", "70pct"] * (len(later) // 2)
+
+
+def test_starts_are_searched_like_spans_and_widths() -> None:
+    space = make_space(starts=("average", "library"))
+    made = run(make_proposals(space), space, workers=1)
+    limits = {target.label: target.limit for target in TARGETS}
+    assert all(space.cost(p.plan) <= limits[p.budget] for p in made)
+    assert len({p.plan.digest for p in made}) == len(made) == 24
+    for origin in ("exact", "corrected", "tpe"):
+        merged = [b for p in made if p.origin == origin for b in p.plan.blocks if b.length > 1]
+        assert {block.start for block in merged} == {"average", "library"}
+    assert run(make_proposals(space), space, workers=4, seed=1) == made
 
 
 @pytest.mark.parametrize("workers", [2, 4])

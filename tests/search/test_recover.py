@@ -22,7 +22,6 @@ from tests.trainers.small import local_ray, small_latents
 from trainers.data.latents import CAPTIONS, TENSORS, EncodedMeta, open_latents, shard_prefix
 from trainers.distilled import Distilled, Observed
 from trainers.library.library import TENSORS as BLOCK
-from trainers.library.library import library_block
 from trainers.placement import Share
 from trainers.probe import ProbeConfig
 from trainers.recovery import examples_of, recover
@@ -155,7 +154,7 @@ def put_replacements(store: Store, teacher: Teacher) -> None:
 def alone_losses(store: Store, teacher: Teacher, recovery: Recovery) -> list[float]:
     model = teacher.transformer()
     blocks = teacher.family.block_modules(model)
-    first = library_block(GOOD).model_copy(update={"start": "first"})
+    first = GOOD.model_copy(update={"start": "first"})
     weights = make_block(teacher.family, teacher.config, blocks, first).state_dict()
     student = assemble(model, recovery.plan, lambda block: weights)
     losses: list[float] = []

@@ -24,7 +24,7 @@ from trainers.data.latents import make_inputs
 from trainers.progress import silent
 from trainers.students.families import FAMILIES
 from trainers.students.families.base import State
-from trainers.students.plan import BlockPlan, uniform_plan
+from trainers.students.plan import BlockPlan, Start, uniform_plan
 
 FAMILY = FAMILIES["qwen_image"]
 CONFIG = AnalyseConfig(pictures=4, bands=2, tokens=64, batch_size=5)
@@ -121,6 +121,30 @@ def test_nominations_can_meet_every_budget(
         assert {b for b in CANDIDATES if b.length > 1} <= set(chosen)
     if most == 8:
         assert 5 <= len(chosen) <= 16
+
+
+def test_what_is_nominated_is_offered_with_every_start(
+    teacher: nn.Module, analysis: Analysis
+) -> None:
+    config = dict(teacher.config)
+    size = FAMILY.block_parameters(config, BlockPlan(span=(0, 0)))
+    target = Target("half", FAMILY.outside_parameters(config) + 3 * size)
+    rule = uniform_plan("qwen_image", 6, 3, start="library")
+
+    def nominated(*starts: Start) -> list[BlockPlan]:
+        return nominate(analysis.damages, "qwen_image", config, [target], 30, [rule], starts=starts)
+
+    trained, both = nominated("library"), nominated("average", "library")
+    assert len(trained) >= 30
+    assert {block for block in both if block.start == "library"} == set(trained)
+    # Maps are not cut from the teacher.
+    cut = [b for b in trained if b.ffn != "linear" and b.text != "projected"]
+    assert 0 < len(cut) < len(trained)
+    assert len(both) == len(set(both)) == len(trained) + len(cut)
+
+    untrained = [block for block in nominated("average") if block not in rule.blocks]
+    assert len(untrained) == 30
+    assert all(block.untrained for block in untrained)
 
 
 def test_a_spans_damage_follows_that_of_its_whole_chain(

@@ -321,6 +321,14 @@ def test_a_plan_in_words_names_what_is_merged_and_what_is_narrowed() -> None:
     assert "FFNs are narrowed in 3–5 to 50%" in in_words(THIRD)
 
 
+def test_a_plan_says_and_shows_which_blocks_are_cut_untrained() -> None:
+    first, second, third = HALF.blocks
+    averaged = second.model_copy(update={"start": "average"})
+    mixed = HALF.model_copy(update={"blocks": (first, averaged, third)})
+    assert "; cut untrained from the average are 1–2;" in in_words(mixed)
+    assert plan_png(mixed) != plan_png(HALF)
+
+
 @pytest.mark.parametrize("url", ["runs/best/50pct", "file:///runs/best", "s3://bucket/best"])
 def test_the_loading_lines_are_python(url: str) -> None:
     code = loading(HALF, url, {"height": 64}, 'it says "hello" — ü')

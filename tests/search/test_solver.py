@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from search.solver import (
     damages_through,
     smallest,
 )
-from trainers.students.plan import BlockPlan
+from trainers.students.plan import BlockPlan, Start
 
 BLOCKS = 8
 OUTSIDE = 5
@@ -42,8 +43,9 @@ def libraries(draw: st.DrawFn) -> dict[BlockPlan, Piece]:
     spans = st.tuples(st.integers(0, BLOCKS - 1), st.integers(1, 4)).map(
         lambda s: (s[0], min(BLOCKS - 1, s[0] + s[1] - 1))
     )
-    for span, ffn in draw(st.lists(st.tuples(spans, st.sampled_from([1.0, 0.5])), max_size=16)):
-        block = BlockPlan(span=span, start="library", ffn=ffn)
+    shapes = st.tuples(spans, st.sampled_from([1.0, 0.5]), st.sampled_from(get_args(Start)))
+    for span, ffn, start in draw(st.lists(shapes, max_size=16)):
+        block = BlockPlan(span=span, start=start, ffn=ffn)
         if not block.untouched:
             pieces[block] = Piece(draw(st.integers(1, 20)), *costs[ffn])
     return pieces

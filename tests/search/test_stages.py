@@ -176,6 +176,21 @@ def test_a_library_without_one_of_its_replacements_is_made_again_for_the_same_pl
     assert again.facts["earlier"] == started_from
 
 
+def test_starts_change_no_analysis_but_the_library(sweep: Sweep) -> None:
+    def offering(*starts: str) -> Sweep:
+        return changed(sweep, library={"starts": starts})
+
+    both = offering("library", "average")
+    for name in ("encode", "analyse"):
+        assert stage_named(name).digest(sweep) == stage_named(name).digest(both)
+    for name in ("library", "search", "recover"):
+        assert stage_named(name).digest(sweep) != stage_named(name).digest(both)
+    assert both.library_digest == offering("average", "library", "average").library_digest
+    assert both.analysed == sweep.analysed == sweep.candidates
+    assert {block.start for block in both.candidates} == {"library", "first", "average"}
+    assert {*sweep.candidates} < {*both.candidates}
+
+
 def test_a_budget_changes_no_analysis_but_what_is_searched(sweep: Sweep) -> None:
     other = changed(sweep, budgets=["90%"])
     for name in ("encode", "analyse"):

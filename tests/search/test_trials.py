@@ -148,6 +148,37 @@ def test_a_given_plan_may_have_blocks_that_no_library_trains(
     assert bench.open().score(plan).fidelity_loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_plans_may_mix_trained_and_untrained_replacements(
+    ray: None, teacher: Teacher, store: Store, bench: Bench
+) -> None:
+    cut = []
+    for number, (block, _) in enumerate(bench.replacements):
+        untrained = block.model_copy(update={"start": "average" if number % 2 else "first"})
+        meta = ReplacementMeta(block=untrained, damage=0.1 * (8 - number))
+        publish(store, f"library/t/cut-{number}", {}, meta.model_dump(mode="json"))
+        cut.append((untrained, f"library/t/cut-{number}"))
+    both = replace(bench, replacements=(*bench.replacements, *cut), scores="sweeps/both/scores")
+    library = Library(store, dict(both.replacements))
+    space = library_space(teacher, library)
+    own = space.pieces[BlockPlan(span=(0, 0))].cost
+    target = Target("small", space.outside + 4 * own)
+    trials = run_search(space, [target], both, CONFIG, store, "sweeps/both/search", cpus=1.0)
+
+    assert len(trials) == CONFIG.trials
+    assert all(trial.fits(target) for trial in trials)
+    kinds = {name.split("_")[0] for name in space.names}
+    assert kinds == {"keep", "wide", "first", "average", "library"}
+    used = {b.start for trial in trials for b in trial.plan.blocks if not b.untouched}
+    assert used == {"first", "average", "library"}
+    # The exact plan: early spans do less damage trained, late ones untrained.
+    assert space.damage(trials[0].plan) == min(space.damage(trial.plan) for trial in trials)
+    model = teacher.transformer()
+    probe = make_probe(model, teacher.family, open_latents(store, "encoded/x"), bench.probe, 0)
+    for trial in trials:
+        loss = fidelity_loss(assemble(model, trial.plan, library), teacher.family, probe)
+        assert trial.fidelity_loss == pytest.approx(loss, rel=1e-4)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -> None:
     scorer = bench.open()
@@ -155,6 +186,8 @@ def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -
         scorer.score(plan_around(block))
     opened = bench.open()  # another process, to all intents: the first one made the probe
     opened.score(plan_around(bench.replacements[0][0]))
+    merged = BlockPlan(span=(3, 5), start="middle")
+    opened.score(plan_around(merged))
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [
         range(*(int(end, 16) for end in line[0].split("-")))
@@ -164,6 +197,7 @@ def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -
     weights = {
         "teacher": next(iter(opened._model.parameters())),
         "library": next(iter(next(iter(opened._loaded.values())).parameters())),
+        "one of the teacher's blocks, for several": next(iter(opened._loaded[merged].parameters())),
         "probe": opened._probe.chunks[0].velocity_BNC,
     }
     for name, tensor in weights.items():

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from storage.section import Section
-from trainers.students.plan import Ffn, Text
+from trainers.students.plan import Ffn, Start, Text
 
 
 class TrainingConfig(Section):
@@ -27,7 +27,8 @@ class TrainingConfig(Section):
     """Steps over which the learning rate rises linearly."""
 
     start: Literal["first", "middle", "average"] = "middle"
-    """First weights, as in a plan; `middle`, as PPCL's code has it, ended best on the miniature."""
+    """First weights of one that is trained, as in a plan; `middle`, as PPCL's code has it, ended
+    best on the miniature."""
 
     fit_batches: PositiveInt = 16
     """Batches over which linear maps (projected text, linear FFNs) are fitted in closed form before
@@ -50,6 +51,12 @@ class LibraryConfig(TrainingConfig):
 
     texts: tuple[Text, ...] = ("dual",)
     """How replacements may treat text: `dual`, `projected`, `shared`, as in a plan."""
+
+    starts: tuple[Start, ...] = Field(("library",), min_length=1)
+    """What plans may start from, for every span, width and text: `library` is a trained
+    replacement; `first`, `middle` and `average` are cut from the teacher and measured as they are,
+    and never have projected text or linear FFNs. The plans of search.rules start from the library
+    at any rate."""
 
     max_span: PositiveInt = 4
     """Teacher blocks that one replacement may stand for at most."""

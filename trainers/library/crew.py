@@ -22,7 +22,7 @@ from storage.errors import EspalierError
 from storage.manifest import published, withdraw
 from storage.store import Store
 from trainers.library.config import LibraryConfig
-from trainers.library.groups import grouped, work
+from trainers.library.groups import grouped, steps_of, work
 from trainers.library.library import LibraryError
 from trainers.students.plan import BlockPlan
 
@@ -112,7 +112,7 @@ class Crew:
         groups: Sequence[Sequence[BlockPlan]],
         report: Callable[[int, int, int], None],
     ) -> None:
-        """Train and store all groups. `report` gets the steps done, the replacements stored, and
+        """Make and store all groups. `report` gets the steps done, the replacements stored, and
         how often some were interrupted.
 
         Raises at once what the data or the store is at fault for; LibraryError when workers end
@@ -190,8 +190,9 @@ class Crew:
         if worker.starting in answers:
             worker.starting, self._lost_at_start = None, 0
         if worker.call in answers:
-            steps = max(1, self._config.steps - worker.first)
-            worker.pace = (now - worker.given) / steps / work(worker.group)
+            if work(worker.group):
+                steps = max(1, self._config.steps - worker.first)
+                worker.pace = (now - worker.given) / steps / work(worker.group)
             self._note_stored(worker.group)
             worker.group, worker.call = (), None
         elif worker.asked in answers and worker.group and answers[worker.asked]:
@@ -213,9 +214,11 @@ class Crew:
                 self._lose(worker, f"took no step for {now - worker.moved:.0f} s")
                 return
         paces = [w.pace for w in self._workers if w.free and w.pace is not None]
-        if self._waiting or not paces or not busy:
+        # One that only measures takes no steps that its pace would show in.
+        training = [worker for worker in busy if work(worker.group)]
+        if self._waiting or not paces or not training:
             return
-        slowest = max(busy, key=lambda worker: _needs(worker, self._config.steps, now))
+        slowest = max(training, key=lambda worker: _needs(worker, self._config.steps, now))
         needs = _needs(slowest, self._config.steps, now)
         whole = min(paces) * work(slowest.group) * self._config.steps
         if needs > max(2 * whole, PATIENCE_SECONDS):
@@ -268,7 +271,7 @@ class Crew:
 
     def _give_up(self, block: BlockPlan, why: str) -> None:
         withdraw(self._store, layout.library_checkpoints(self._prefixes[block]))
-        self._steps[block] = self._config.steps
+        self._steps[block] = steps_of(block, self._config)
         self.failed[block] = (
             f"its worker ended {self._losses[block]} times in a row between step "
             f"{self._saved[block]} and its next checkpoint; the last one {why}"
@@ -277,7 +280,7 @@ class Crew:
 
     def _note_stored(self, blocks: Sequence[BlockPlan]) -> None:
         self._stored.update(blocks)
-        self._steps |= dict.fromkeys(blocks, self._config.steps)
+        self._steps |= {block: steps_of(block, self._config) for block in blocks}
 
 
 def _needs(worker: _Worker, steps: int, now: float) -> float:

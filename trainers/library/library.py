@@ -1,4 +1,8 @@
-"""Reads the library: trained replacements by what they replace."""
+"""Reads the library: replacements by what they replace and what they start from.
+
+Of a trained one there are weights; one cut from the teacher is only measured, since any student is
+cut from the teacher again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, JsonValue, NonNegativeFloat, NonNegativeInt
+from pydantic import JsonValue, NonNegativeFloat, NonNegativeInt
 
 from storage import layout
 from storage.digest import digest_json
@@ -34,13 +38,13 @@ class ReplacementMeta(Section):
     """What the manifest of a stored replacement says about it."""
 
     block: BlockPlan
-    """What it replaces; `start` is always `library`."""
+    """What it replaces; its `start` says whether it was trained, or is cut from the teacher."""
     damage: NonNegativeFloat | None = None
     """Fidelity loss of the teacher with this one replacement in it; none after a failure."""
     loss: float | None = None
     """Training loss at the end: the mean of the last tenth of the steps."""
     failed: str | None = None
-    """Why training dropped it; then no weights are stored, and it is not tried again."""
+    """Why it was dropped; then no weights are stored, and it is not tried again."""
     ridged: tuple[str, ...] = ()
     """Linear maps whose closed-form fit was singular, and so ridged."""
     parameters: NonNegativeInt = 0
@@ -49,33 +53,30 @@ class ReplacementMeta(Section):
     """Its share of its group's training time."""
     continued: tuple[NonNegativeInt, ...] = ()
     """Steps from whose checkpoints it went on, after its worker was lost or the run cut off."""
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    """How it was trained."""
-
-
-def library_block(block: BlockPlan) -> BlockPlan:
-    """The block as the library names it: started from the library."""
-    return block.model_copy(update={"start": "library"}) if not block.untouched else block
+    training: TrainingConfig | None = None
+    """How it was trained; None of one cut from the teacher."""
 
 
 def replacement_prefix(
     teacher: str, block: BlockPlan, training: TrainingConfig, encoding: str, seed: int
 ) -> str:
-    """Where a replacement lives: by teacher digest, span, variant and everything it is trained by.
+    """Where a replacement lives: by teacher digest, span, variant and everything it is made by.
 
-    `encoding` is the prefix of the latents that it is trained on.
+    `encoding` is the prefix of the latents that it is trained and measured on; `training` does not
+    matter to one that is cut from the teacher.
     """
-    made_from: JsonValue = {
-        "block": library_block(block).model_dump(mode="json", exclude_defaults=True),
-        "training": training.model_dump(mode="json"),
+    made_from: dict[str, JsonValue] = {
+        "block": block.model_dump(mode="json", exclude_defaults=True),
         "encoding": encoding,
         "seed": seed,
     }
+    if block.start == "library":
+        made_from["training"] = training.model_dump(mode="json")
     return layout.replacement(teacher, digest_json(made_from))
 
 
 class Library:
-    """Trained replacements. Call it with a block for its weights, as `assemble` does.
+    """Replacements. Call it with a trained one's block for its weights, as `assemble` does.
 
     Weights come from files on this machine that are memory-mapped, so that processes share them;
     they must not be changed in place.
@@ -85,7 +86,7 @@ class Library:
         self, store: Store, prefixes: Mapping[BlockPlan, str], cache: Path | None = None
     ) -> None:
         self._store, self._cache = store, cache
-        self._prefixes = {library_block(block): prefix for block, prefix in prefixes.items()}
+        self._prefixes = dict(prefixes)
         self._meta: dict[BlockPlan, ReplacementMeta] = {}
         self._tensors: dict[BlockPlan, dict[str, Tensor]] = {}
 
@@ -96,7 +97,6 @@ class Library:
 
     def __call__(self, block: BlockPlan) -> dict[str, Tensor]:
         """The weights of a replacement, named as in its block. LibraryError without one."""
-        block = library_block(block)
         if block not in self._tensors:
             prefix = self._prefix(block)
             folder = local_copy(self._store, prefix, cache=self._cache)
@@ -114,7 +114,6 @@ class Library:
 
     def meta(self, block: BlockPlan) -> ReplacementMeta:
         """What is known of a replacement."""
-        block = library_block(block)
         if block not in self._meta:
             prefix = self._prefix(block)
             meta = read_meta(self._store, prefix)

@@ -33,7 +33,7 @@ from trainers.students.surgery import make_block, source_block
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of one replacement."""
+    """What became of one replacement; one cut from the teacher took no steps."""
 
     block: BlockPlan
     module: nn.Module
@@ -157,6 +157,18 @@ def train_replacements(
             histories[block].continued,
         )
         for block, module in modules.items()
+    }
+
+
+def cut_replacements(
+    teacher: nn.Module, family: Family, blocks: Sequence[BlockPlan]
+) -> dict[BlockPlan, Trained]:
+    """The replacements of `blocks` as `assemble` cuts them from the teacher for any student."""
+    config, own = dict(cast("Any", teacher).config), family.block_modules(teacher)
+    cut = {block: make_block(family, config, own, block) for block in blocks}
+    return {
+        block: Trained(block, module.requires_grad_(False).eval(), losses=())
+        for block, module in cut.items()
     }
 
 

@@ -1,10 +1,10 @@
-"""What each Ray actor of the library is: opens everything once, trains groups, stores them."""
+"""What each Ray actor of the library is: opens everything once, makes groups, stores them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from storage import layout
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class LibraryWorker:
-    """One OS process that trains groups of replacements and stores them; a Ray actor."""
+    """One OS process that trains groups of replacements, or only measures them, and stores them; a
+    Ray actor."""
 
     def __init__(
         self,
@@ -60,18 +61,31 @@ class LibraryWorker:
         self._steps = [*self._steps[:1], done]
 
     def train(self, group: Sequence[tuple[BlockPlan, str]]) -> None:
-        """Train and store a group of replacements, each under its own prefix."""
+        """Make a group of replacements, measure each in the teacher, and store it under its own
+        prefix."""
         from trainers.evaluate import replacement_damages
+        from trainers.library.train import cut_replacements
+
+        self._steps = []
+        made = cut_replacements(self._teacher, self._family, [b for b, _ in group if b.untrained])
+        if to_train := {block: prefix for block, prefix in group if not block.untrained}:
+            made |= self._trained(to_train)
+        whole = {block: m.module for block, m in made.items() if m.failed is None}
+        damages = replacement_damages(self._teacher, self._family, whole, self._probe)
+        for block, prefix in group:
+            self._publish(prefix, made[block], damages.get(block))
+            withdraw(self._store, layout.library_checkpoints(prefix))
+
+    def _trained(self, prefixes: Mapping[BlockPlan, str]) -> dict[BlockPlan, Trained]:
         from trainers.library.checkpoints import Checkpoints
         from trainers.library.train import train_replacements
 
-        self._steps = []
-        checkpoints = Checkpoints(self._store, dict(group), self._config.checkpoint_every)
+        checkpoints = Checkpoints(self._store, prefixes, self._config.checkpoint_every)
         try:
-            trained = train_replacements(
+            return train_replacements(
                 self._teacher,
                 self._family,
-                [block for block, _ in group],
+                list(prefixes),
                 self._latents,
                 self._config,
                 self._seed,
@@ -82,30 +96,27 @@ class LibraryWorker:
         finally:
             # Whoever trains them next must not meet a save of ours.
             checkpoints.settle()
-        whole = {block: t.module for block, t in trained.items() if t.failed is None}
-        damages = replacement_damages(self._teacher, self._family, whole, self._probe)
-        for block, prefix in group:
-            self._publish(prefix, trained[block], damages.get(block))
-            withdraw(self._store, layout.library_checkpoints(prefix))
 
-    def _publish(self, prefix: str, trained: Trained, damage: float | None) -> None:
-        tail = trained.losses[-max(1, len(trained.losses) // 10) :]
-        failed = trained.failed
+    def _publish(self, prefix: str, made: Trained, damage: float | None) -> None:
+        block, failed = made.block, made.failed
+        tail = made.losses[-max(1, len(made.losses) // 10) :]
         if damage is not None and not math.isfinite(damage):
             damage, failed = None, "its damage was not finite"
         meta = ReplacementMeta(
-            block=trained.block,
+            block=block,
             damage=damage,
-            loss=None if failed else sum(tail) / len(tail),
+            loss=None if failed or not tail else sum(tail) / len(tail),
             failed=failed,
-            ridged=trained.ridged,
-            parameters=sum(p.numel() for p in trained.module.parameters()),
-            seconds=trained.seconds,
-            continued=trained.continued,
-            training=self._config.training,
+            ridged=made.ridged,
+            parameters=sum(p.numel() for p in made.module.parameters()),
+            seconds=made.seconds,
+            continued=made.continued,
+            training=None if block.untrained else self._config.training,
         )
-        losses = [loss if math.isfinite(loss) else None for loss in trained.losses]
-        files = {LOSSES: json.dumps(losses).encode()}
-        if failed is None:
-            files[TENSORS] = save_tensors(trained.module.state_dict())
+        files = {}
+        if not block.untrained:
+            losses = [loss if math.isfinite(loss) else None for loss in made.losses]
+            files[LOSSES] = json.dumps(losses).encode()
+            if failed is None:
+                files[TENSORS] = save_tensors(made.module.state_dict())
         publish(self._store, prefix, files, meta.model_dump(mode="json"))

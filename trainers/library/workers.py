@@ -1,4 +1,4 @@
-"""Trains what a library lacks, in groups that are spread over Ray actors."""
+"""Makes what a library lacks, in groups that are spread over Ray actors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 from storage.store import Store, StoreOptions
 from trainers.library.config import LibraryConfig
 from trainers.library.crew import Crew, Interruption
-from trainers.library.groups import grouped
+from trainers.library.groups import grouped, steps_of
 from trainers.library.library import (
     LibraryError,
-    library_block,
     read_meta,
     replacement_prefix,
 )
@@ -30,13 +29,15 @@ class LibraryReport:
     """What one call of `train_library` found and did."""
 
     prefixes: dict[BlockPlan, str]
-    """Where each usable replacement lives; keys start from the library."""
+    """Where each usable replacement lives."""
     trained: int
     """Replacements trained now, the failed ones included."""
+    measured: int
+    """The same of those that are cut from the teacher and only measured."""
     reused: int
     """Replacements that were there already, failures included."""
     failed: dict[BlockPlan, str] = field(default_factory=dict)
-    """Replacements that training dropped or whose workers kept ending, and why."""
+    """Replacements that were dropped or whose workers kept ending, and why."""
     ridged: tuple[BlockPlan, ...] = ()
     """Replacements of which a linear map's fit was singular."""
     interruptions: tuple[Interruption, ...] = ()
@@ -57,7 +58,8 @@ def train_library(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LibraryReport:
-    """Train the replacements among `blocks` that are not stored yet; untouched blocks need none.
+    """Train the replacements among `blocks` that are not stored yet, and measure those that are cut
+    from the teacher; untouched blocks need none.
 
     `encoding` is the prefix of the latents. Each of `workers` actors opens teacher, latents and
     store (by its URL and `options`) once and takes groups until none is left. A group is stored
@@ -66,7 +68,7 @@ def train_library(
     Raises LibraryError when none came through.
     """
     progress = progress or silent()
-    wanted = list(dict.fromkeys(library_block(block) for block in blocks if not block.untouched))
+    wanted = list(dict.fromkeys(block for block in blocks if not block.untouched))
     prefixes = {
         block: replacement_prefix(teacher.digest, block, config.training, encoding, seed)
         for block in wanted
@@ -74,7 +76,8 @@ def train_library(
     known = {block: read_meta(store, prefix) for block, prefix in prefixes.items()}
     missing = [block for block in wanted if known[block] is None]
     reused = len(wanted) - len(missing)
-    progress.update(0, len(missing) * config.steps, trained=0, reused=reused)
+    steps = sum(steps_of(block, config) for block in missing)
+    progress.update(0, steps, made=0, reused=reused)
     lost: dict[BlockPlan, str] = {}
     interruptions: tuple[Interruption, ...] = ()
     if missing:
@@ -96,14 +99,13 @@ def train_library(
         def start() -> Any:
             return actor_class.remote(**arguments)
 
-        def report(done: int, trained: int, interrupted: int) -> None:
+        def report(done: int, made: int, interrupted: int) -> None:
             facts = {"interrupted": interrupted} if interrupted else {}
-            progress.update(
-                done, len(missing) * config.steps, trained=trained, reused=reused, **facts
-            )
+            progress.update(done, steps, made=made, reused=reused, **facts)
 
         most = config.group
-        if accelerator == "gpu":
+        # One that is only measured takes less room than one that is trained.
+        if accelerator == "gpu" and steps:
             room = find_room(store.url, options, encoding, share)
             most = largest_group(teacher.family, teacher.config, missing, config, room)
         # What a lost worker leaves is grouped anew.
@@ -117,10 +119,11 @@ def train_library(
     usable = {block: prefixes[block] for block in wanted if block not in failed}
     if lost and not usable:
         block, why = next(iter(lost.items()))
-        raise LibraryError(f"no replacement could be trained; of {block}: {why}")
+        raise LibraryError(f"no replacement could be made; of {block}: {why}")
     return LibraryReport(
         prefixes=usable,
-        trained=len(missing),
+        trained=sum(not block.untrained for block in missing),
+        measured=sum(block.untrained for block in missing),
         reused=reused,
         failed=failed,
         ridged=tuple(block for block, meta in known.items() if meta and meta.ridged),

@@ -101,13 +101,29 @@ class BlockPlan(Section):
         """Whether this is the teacher's own block, kept as it is."""
         return self.length == 1 and self.depth_only
 
+    @property
+    def starts(self) -> frozenset[Start]:
+        """Its start, and the others that would make the very same block: of one teacher block all
+        but `library` do, and of two the middle one is the first."""
+        alike: dict[int, tuple[Start, ...]] = {
+            1: ("first", "middle", "average"),
+            2: ("first", "middle"),
+        }
+        same = alike.get(self.length, ())
+        return frozenset(same if self.start in same else (self.start,))
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is cut from the teacher's weights, though it is not the teacher's own."""
+        return self.start != "library" and not self.untouched
+
     def __str__(self) -> str:
         said = f"span [{self.span[0]}, {self.span[1]}]"
         if self.ffn != 1.0:
             said += f", ffn {self.ffn if self.ffn == 'linear' else format(self.ffn, 'g')}"
         if self.text != "dual":
             said += f", text {self.text}" + (" and mapped" if self.text_map else "")
-        return said
+        return f"{said}, start {self.start}" if self.untrained else said
 
 
 class Plan(Section):

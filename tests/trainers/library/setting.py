@@ -15,7 +15,7 @@ from storage.tensors import save_tensors
 from tests.trainers.small import small_latents
 from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix
 from trainers.library.config import LibraryConfig
-from trainers.library.library import LOSSES, library_block, replacement_prefix
+from trainers.library.library import LOSSES, replacement_prefix
 from trainers.library.library import TENSORS as BLOCK
 from trainers.probe import ProbeConfig
 from trainers.students.plan import BlockPlan
@@ -24,16 +24,16 @@ from trainers.teacher import Teacher
 ENCODING = "encoded/test"
 PROBE = ProbeConfig(pictures=2, timesteps=2)
 BLOCKS = [
-    BlockPlan(span=(0, 1)),
-    BlockPlan(span=(2, 4), ffn=0.5),
-    BlockPlan(span=(5, 5), ffn=0.5),
+    BlockPlan(span=(0, 1), start="library"),
+    BlockPlan(span=(2, 4), start="library", ffn=0.5),
+    BlockPlan(span=(5, 5), start="library", ffn=0.5),
     BlockPlan(span=(5, 5)),
 ]
 """The last is untouched, and no replacement."""
 
 LONG = LibraryConfig(steps=200, batch_size=4, group=2, checkpoint_every=20)
 """Long enough to hit a worker in the middle."""
-MANY = [*BLOCKS[:3], BlockPlan(span=(3, 4))]
+MANY = [*BLOCKS[:3], BlockPlan(span=(3, 4), start="library")]
 """Two groups of two."""
 
 
@@ -53,8 +53,7 @@ def put_latents(store: Store) -> None:
 
 def prefixes(teacher: Teacher, config: LibraryConfig = LONG) -> dict[BlockPlan, str]:
     """Where MANY are stored."""
-    named = [library_block(block) for block in MANY]
-    return {b: replacement_prefix(teacher.digest, b, config.training, ENCODING, 0) for b in named}
+    return {b: replacement_prefix(teacher.digest, b, config.training, ENCODING, 0) for b in MANY}
 
 
 def trained_digests(store: Store, teacher: Teacher) -> dict[BlockPlan, tuple[str, str]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def test_a_lost_or_stopped_worker_costs_the_steps_since_its_checkpoints(
 # Of the light workers below.
 CONFIG = LibraryConfig(steps=10, retries=1, timeout=5.0)
 BAD, *GOOD = MANY
-PREFIXES = {block: layout.replacement("t", str(i)) for i, block in enumerate(MANY)}
+CUT = BlockPlan(span=(0, 1), start="average")
+PREFIXES = {block: layout.replacement("t", str(i)) for i, block in enumerate([*MANY, CUT])}
 
 
 def light_crew(store: Store, does: Does, size: int = 2, actor: type = Light) -> Crew:
@@ -191,6 +193,20 @@ def test_a_worker_that_hangs_is_ended_where_no_other_is_free(store: Store):
     assert stored(store) == MANY
     (interruption,) = crew.interruptions
     assert interruption.why.startswith("took no step for")
+
+
+def test_one_that_only_measures_never_falls_behind(store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crews, "PATIENCE_SECONDS", 0.5)
+
+    def does(group: Sequence[BlockPlan]) -> None:
+        if CUT in group:
+            time.sleep(3)
+
+    crew = light_crew(store, does)
+    told: list[tuple[int, int, int]] = []
+    crew.run([GOOD, [CUT]], lambda *numbers: told.append(numbers))
+    assert stored(store) == [*GOOD, CUT]
+    assert told[-1] == (3 * CONFIG.steps, 4, 0)
 
 
 def test_workers_that_do_not_come_up_end_the_run(store: Store):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from tests.trainers.small import load_transformer, small_latents
@@ -155,6 +156,12 @@ def test_a_teacher_in_half_precision_gets_replacements_in_its_dtype(tiny_pipelin
 
 
 def test_what_is_offered_does_not_rename_what_was_trained():
-    a, b = LibraryConfig(max_span=2, group=3), LibraryConfig(widths=(1.0,), max_span=5)
+    a, b = LibraryConfig(max_span=2, group=3), LibraryConfig(widths=(1.0,), starts=("average",))
     assert a.training == b.training
     assert LibraryConfig(steps=7).training != a.training
+
+
+@pytest.mark.parametrize("starts", [[], ["last"]])
+def test_starts_are_some_of_those_that_plans_have(starts: list[str]):
+    with pytest.raises(ValidationError, match="starts"):
+        LibraryConfig.model_validate({"starts": starts})

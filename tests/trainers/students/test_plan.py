@@ -78,6 +78,25 @@ def test_a_single_block_has_one_spelling():
     assert BlockPlan(span=(3, 3), start="library", ffn=0.5).start == "library"
 
 
+@pytest.mark.parametrize(
+    ("start", "length", "same"),
+    [
+        ("first", 1, {"first", "middle", "average"}),
+        ("first", 2, {"first", "middle"}),
+        ("middle", 2, {"first", "middle"}),
+        ("average", 2, {"average"}),
+        ("first", 3, {"first"}),
+        ("middle", 4, {"middle"}),
+        ("first", 5, {"first"}),
+        ("average", 5, {"average"}),
+        ("library", 1, {"library"}),
+        ("library", 3, {"library"}),
+    ],
+)
+def test_some_starts_make_the_same_block(start, length, same):
+    assert BlockPlan(span=(2, 1 + length), start=start, ffn=0.5).starts == same
+
+
 def test_untouched_and_depth_only():
     assert BlockPlan(span=(3, 3)).untouched
     assert not BlockPlan(span=(3, 4)).untouched
