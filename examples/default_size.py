@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from examples.unfinished import Unfinished
 from trainers.data.single_frame import for_single_frames
 from trainers.tasks.shapes.draw import BACKGROUND, CENTRES, RADIUS, coverage
 from trainers.tasks.shapes.grammar import (
@@ -77,7 +79,7 @@ COURSES = (
 
 def teach_default_size(
     pipeline: QwenImagePipeline,
-    tiles: Path,
+    work: Path,
     small_latents: Tensor,
     small_captions: list[str],
     small_shift: float,
@@ -85,15 +87,15 @@ def teach_default_size(
 ) -> None:
     """Trains the pipeline's transformer at both sizes and leaves the average of its weights in it.
 
-    `small_latents` [pictures, 16, 64] and their captions are those of the first training; encoded
-    shapes are kept in the file `tiles`.
+    `small_latents` [pictures, 16, 64] and their captions are those of the first training. Encoded
+    shapes and the course's state are kept in `work`.
     """
-    scenes = Scenes(pipeline, tiles)
+    scenes = Scenes(pipeline, work / "tiles.safetensors")
     transformer = pipeline.transformer.requires_grad_(True)
     average = copy.deepcopy(transformer).requires_grad_(False)
     optimizers = make_optimizers(transformer, course.rate)
     generator = torch.Generator().manual_seed(5)
-    batches = alike(course.cell, generator, random.Random(5))
+    batches = alike(course.cell, torch.Generator().manual_seed(6), random.Random(5))
 
     def loss(latents_BND: Tensor, captions: list[str], side: int, shift: float) -> Tensor:
         noise_BND = torch.randn(latents_BND.shape, generator=generator)
@@ -110,8 +112,13 @@ def teach_default_size(
         )[0]
         return F.mse_loss(velocity_BND, noise_BND - latents_BND)
 
+    unfinished = Unfinished(
+        work / f"course-{COURSES.index(course)}.pt", [transformer, average, *optimizers], generator
+    )
+    done = unfinished.resume()
+    batches = islice(batches, done, None)
     started, recent = time.monotonic(), [0.0, 0.0]
-    for step in range(course.steps):
+    for step in range(done, course.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 warm = min(1.0, (step + 1) / 20)
@@ -140,6 +147,7 @@ def teach_default_size(
         with torch.no_grad():
             pairs = list(average.parameters()), list(transformer.parameters())
             torch._foreach_lerp_(*pairs, 1 - decay)
+        unfinished.keep(step + 1)
         newest = small.item(), large.item()
         recent = [0.95 * r + 0.05 * new for r, new in zip(recent, newest, strict=True)]
         if step % 20 == 19:

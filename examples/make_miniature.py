@@ -8,8 +8,8 @@ dual-stream blocks of width 64, and the flow-matching scheduler. The data is dra
 task (trainers/tasks/shapes); combinations that the task holds out are never drawn here. The
 transformer learns pictures of 64 pixels first, then also those of the size that the stock pipeline
 asks for (examples/default_size.py). Seeded: the same machine and versions give the same weights.
-About three hours on 2 CPU cores. Every stage leaves its output in --work, and a second call resumes
-after it.
+About three hours on 2 CPU cores. Every stage leaves its output in --work, and a second call goes on
+where the first was cut off.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from examples.default_size import COURSES, GRID, teach_default_size
 from examples.default_size import SHIFT as DEFAULT_SIZE_SHIFT
+from examples.unfinished import Unfinished
 from trainers.evaluate import generate
 from trainers.tasks.shapes.draw import draw
 from trainers.tasks.shapes.grammar import (
@@ -101,8 +102,7 @@ def main() -> None:
         learned = work / f"course-{number}"
         if not learned.exists():
             pipeline = QwenImagePipeline.from_pretrained(before)
-            tiles = work / "tiles.safetensors"
-            teach_default_size(pipeline, tiles, latents, captions, SHIFT, course)
+            teach_default_size(pipeline, work, latents, captions, SHIFT, course)
             pipeline.save_pretrained(learned)
         before = learned
     pipeline = QwenImagePipeline.from_pretrained(before)
@@ -324,7 +324,8 @@ def train(
     generator = torch.Generator().manual_seed(2)
     started = time.monotonic()
     snapshot = options.work / "snapshot"
-    for step in range(options.steps):
+    unfinished = Unfinished(options.work / "small.pt", [trained, average, optimizer], generator)
+    for step in range(unfinished.resume(), options.steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(step, options.steps)
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
@@ -355,6 +356,7 @@ def train(
             pipeline.save_pretrained(snapshot)
             if step < options.steps - 1:
                 trained.load_state_dict(live)
+        unfinished.keep(step + 1)
 
 
 def seen_score(pipeline: DiffusionPipeline, captions: list[str]) -> float:
