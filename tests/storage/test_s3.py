@@ -113,7 +113,8 @@ def test_an_unreachable_endpoint_is_told_at_opening(s3_url):
 def outage(monkeypatch):
     """Begins one that lasts for some seconds of a clock on which nothing but waiting takes time."""
     slept = []
-    clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept))
+    clock = SimpleNamespace(monotonic=lambda: sum(slept))
+    never = SimpleNamespace(wait=slept.append, is_set=lambda: False)
     call = S3FileSystem.call_s3
 
     def begin(seconds):
@@ -123,6 +124,7 @@ def outage(monkeypatch):
             return call(*arguments, **more)
 
         monkeypatch.setattr(storage.retry, "time", clock)
+        monkeypatch.setattr(storage.retry, "_hurried", never)
         monkeypatch.setattr(S3FileSystem, "call_s3", answer)
 
     return begin
