@@ -232,6 +232,20 @@ def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = N
     return manifest
 
 
+def hidden(name: str) -> str:
+    """What the names of files begin with that a fetch of this one has not finished."""
+    return f".{name[:100]}."
+
+
+def is_copy(folder: Path, manifest: Manifest) -> bool:
+    """Whether the folder holds every file, whole."""
+    paths = [(folder / name, entry) for name, entry in manifest.files.items()]
+    # What is not there is seen before what is there is read.
+    return all(path.is_file() and path.stat().st_size == e.size for path, e in paths) and all(
+        _in_parallel(lambda item: _is_of(*item), paths)
+    )
+
+
 def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None = None) -> bytes:
     """One published file, verified; pass the manifest when several are read.
 
@@ -398,7 +412,7 @@ def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEn
     if target.is_file() and _is_of(target, entry):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    handle, temporary = tempfile.mkstemp(prefix=hidden(target.name), dir=target.parent)
     path = Path(temporary)
     hasher, size = entry.hasher(), 0
     try:

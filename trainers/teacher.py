@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -21,7 +22,7 @@ from storage.manifest import MANIFEST, Manifest, published
 from storage.pieces import PiecedFile
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import check_safetensors, load_tensors
-from trainers.cache import local_copy
+from trainers.cache import CacheError, local_copy
 from trainers.students.families import family_of
 from trainers.students.families.base import Config, Family
 from trainers.students.plan import Plan, identity_plan
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trainers.weights import Weights
+
+_log = logging.getLogger(__name__)
 
 _NEEDED = ("vae", "text_encoder", "tokenizer", "transformer")
 # A family may have a second text encoder and tokenizer, whose names go on with a number.
@@ -135,16 +138,18 @@ class Teacher:
     def transformer(
         self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> nn.Module:
-        """The whole model: of a folder here, on CPUs, mapped from its files, otherwise read tensor
-        by tensor to where it shall be."""
+        """The whole model: on CPUs mapped from its files, otherwise read tensor by tensor to where
+        it shall be. The weights of one in a store are first copied to this machine, once for all
+        its processes; without room for them each reads the store itself."""
         import torch
 
         from trainers.weights import fill
 
-        weights, plan = self.weights(), self.identity
+        near = self._near()
+        weights, plan = near.weights(), self.identity
         wanted = dtype or weights.dtype
         model = self.family.build(self.config, plan, "meta", wanted)
-        mapped = self._mapped() if self.url is None and torch.device(device).type == "cpu" else {}
+        mapped = near._mapped() if near.url is None and torch.device(device).type == "cpu" else {}
         if mapped.keys() == model.state_dict().keys():
             floats = {k: t.to(wanted) if t.is_floating_point() else t for k, t in mapped.items()}
             model.load_state_dict(floats, assign=True)
@@ -152,6 +157,17 @@ class Teacher:
             model = self.family.build(self.config, plan, device, wanted)
             fill(model, weights)
         return model.requires_grad_(False).eval()
+
+    def _near(self) -> Teacher:
+        """The same with its weights on this machine, if they have room."""
+        if self.url is None:
+            return self
+        try:
+            whole = local_copy(*_published(self.url, self.options, patient=True))
+        except CacheError as error:
+            _log.warning("%s; until then every process reads %s", error, self.url)
+            return self
+        return replace(self, found=whole, url=None)
 
     def _mapped(self) -> dict[str, Tensor]:
         """The transformer's weights as mapped files: all processes of a machine share one copy."""
@@ -219,7 +235,7 @@ def open_teacher(
     return Teacher(
         name=name,
         found=folder,
-        digest=digest_json({**_digests(folder, "transformer"), **remote}),
+        digest=digest_json({**_digests(folder, "transformer", known=remote), **remote}),
         encoder_digest=digest_json(
             _digests(folder, *(p for p in parts if p.startswith(_ENCODERS)))
         ),
@@ -400,10 +416,16 @@ def _json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _digests(folder: Path, *parts: str) -> dict[str, JsonValue]:
-    """SHA-256 by file name relative to the pipeline folder."""
-    files = [file for part in parts for file in (folder / part).rglob("*") if file.is_file()]
-    return {file.relative_to(folder).as_posix(): _remembered_sha256(file) for file in files}
+def _digests(folder: Path, *parts: str, known: Collection[str] = ()) -> dict[str, JsonValue]:
+    """SHA-256 by file name relative to the pipeline folder, but for `known` and hidden ones: those
+    come and go with copies under way and with what else looks into the folder."""
+    files = {
+        file.relative_to(folder).as_posix(): file
+        for part in parts
+        for file in (folder / part).rglob("*")
+        if file.is_file() and not file.name.startswith(".")
+    }
+    return {name: _remembered_sha256(f) for name, f in files.items() if name not in known}
 
 
 def _remembered_sha256(file: Path) -> str:

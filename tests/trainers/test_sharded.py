@@ -100,7 +100,7 @@ def test_a_teacher_that_was_damaged_in_its_bucket_is_not_loaded(remote, s3_url):
         content = bytearray(stream.read())
     content[-1] ^= 1
     store.write(key, bytes(content))
-    with pytest.raises(DamagedError, match=f"{key}: its bytes from 0 on are not"):
+    with pytest.raises(DamagedError, match=f"{key}: its content is not"):
         remote.transformer()
 
 
