@@ -82,8 +82,9 @@ class RecoverConfig(Section):
 
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
     """Processes that one student is spread over; two numbers are the fewest and the most, between
-    which a recovery goes on with as many as the cluster has room for at the time. On GPUs each has
-    one of its own, so there are never more than the cluster has GPUs."""
+    which a recovery goes on with as many as the cluster has room for at the time: with fewer as
+    soon as a machine is lost, with more within a minute of one coming, from its last checkpoint. On
+    GPUs each has one of its own: a single number is at most as many as the cluster has at first."""
 
     concurrent: PositiveInt = 1
     """Recoveries at a time."""
@@ -401,8 +402,10 @@ def placed(config: RecoverConfig, accelerator: Accelerator) -> tuple[tuple[int, 
     if accelerator == "gpu":
         # NCCL refuses two ranks on one GPU.
         gpus = max(1, int(ray.cluster_resources().get("GPU", 0)))
-        fewest, most = min(fewest, gpus), min(most, gpus)
-        together = min(together, max(most, gpus))
+        together = min(together, gpus)
+        # Of two numbers the most may be more than there are yet.
+        most = min(most, gpus) if fewest == most else most
+        fewest = min(fewest, gpus)
     return (fewest, most), share_of(together, accelerator)
 
 

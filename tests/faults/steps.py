@@ -1,5 +1,5 @@
-"""Notes every optimizer step that any process takes, so that steps taken twice can be counted, and
-spoils the loss of one when asked to.
+"""Notes every optimizer step that any process takes, so that steps taken twice can be counted,
+spoils the loss of one when asked to, and lets workers wait until there are more.
 
 A probe of the tests in Ray's own workers: `ray.init(runtime_env=probing(folder))`. And the command
 with its workers probed, on the cluster of RAY_ADDRESS:
@@ -18,6 +18,7 @@ from typing import Any
 
 FOLDER = "ESPALIER_TEST_STEPS"
 _SPOIL = "spoil"
+_HOLD = "hold"
 
 
 def probing(folder: Path) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def note_steps() -> None:
     from trainers import recovery
 
     taken, stepped = recovery.recover, recovery.train_step
-    spoil = Path(os.environ[FOLDER]) / _SPOIL
+    spoil, hold = (Path(os.environ[FOLDER]) / name for name in (_SPOIL, _HOLD))
 
     def train_step(student: Any, teacher: Any, example: Any, phase: Any, *rest: Any) -> float:
         optimizer, mean = rest
@@ -56,6 +57,8 @@ def note_steps() -> None:
                 told(at, loss)
                 if torch.distributed.get_rank() == 0:
                     file.write(f"{at.done(schedule)}\n")
+                while hold.exists() and world < int(hold.read_text()):
+                    time.sleep(0.05)  # until they are ended
 
             taken(student, teacher, examples, schedule, at, report=report, **rest)
 
@@ -64,9 +67,18 @@ def note_steps() -> None:
 
 def spoil_a_step(folder: Path, factor: float) -> None:
     """The loss of the next step that a first rank takes is so many times what it was."""
-    whole = folder / f"{_SPOIL}.new"
-    whole.write_text(str(factor))
-    whole.replace(folder / _SPOIL)
+    _say(folder / _SPOIL, str(factor))
+
+
+def hold_steps(folder: Path, workers: int) -> None:
+    """Fewer workers than these take no step any more."""
+    _say(folder / _HOLD, str(workers))
+
+
+def _say(file: Path, text: str) -> None:
+    whole = file.with_suffix(".new")
+    whole.write_text(text)
+    whole.replace(file)
 
 
 @dataclass(frozen=True)

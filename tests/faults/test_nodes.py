@@ -15,11 +15,12 @@ from search.recover import Recovery
 from storage.manifest import read_json
 from storage.store import Store, open_store
 from tests.faults.conftest import Row
-from tests.faults.steps import attempts, lost, probing
+from tests.faults.steps import attempts, hold_steps, lost, probing
 from tests.faults.test_storage import everything_is_published
 from tests.faults.tiny_recovery import prepare, recover_tiny
 from tests.nodes import ROOT, joined, machines
 from tests.search.test_recover import STEPS, alone_losses, prefix_of
+from trainers.placement import Share
 from trainers.teacher import Teacher, open_teacher
 from trainers.worker import LOSSES, load_student
 
@@ -144,6 +145,36 @@ def test_a_machine_is_lost(
     row(
         f"machine lost under {most} workers",
         f"went on with {after.workers} elsewhere from its checkpoint: {again} steps taken again",
+    )
+
+
+def test_a_machine_comes(
+    cluster: Any,
+    store: Store,
+    teacher: Teacher,
+    steps: Path,
+    row: Row,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Otherwise one processor has room for several workers.
+    share = Share(num_cpus=1, num_gpus=0, threads=1, device="cpu")
+    monkeypatch.setattr("search.recover.placed", lambda *_: ((1, 2), share))
+    cluster.add_node(num_cpus=1)
+
+    def come() -> None:
+        hold_steps(steps, workers=2)
+        cluster.add_node(num_cpus=1)
+
+    (recovered,) = recover_tiny(store, teacher, Once(30, come), finalists=1)
+    before, after = attempts(steps)
+    assert (before.workers, after.workers) == (1, 2)
+    assert 0 < after.first <= before.end < after.end == STEPS
+    (again,) = lost([before, after])
+    assert again <= 10
+    is_whole(store, teacher, recovered)
+    row(
+        "machine comes (1 to 2 workers)",
+        f"went on with both from its checkpoint: {again} steps taken again",
     )
 
 

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from search.recover import Book, Grounds, RecoverConfig, Recovery, agreements, recover_finalists
+from search.recover import (
+    Book,
+    Grounds,
+    RecoverConfig,
+    Recovery,
+    agreements,
+    placed,
+    recover_finalists,
+)
 from search.tiers import Candidate, Finalist, Run
 from storage import layout
 from storage.manifest import publish, published, read_json, withdraw
@@ -65,6 +73,27 @@ class Killer:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("workers", "concurrent", "expected"),
+    [
+        (1, 1, (1, 1)),
+        (4, 1, (2, 2)),  # no two share a GPU
+        ((1, 2), 2, (1, 2)),
+        ((1, 8), 1, (1, 8)),  # machines may come
+        ((4, 8), 1, (2, 8)),
+    ],
+)
+def test_every_worker_has_a_gpu_of_its_own(
+    workers: Any, concurrent: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0}}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
+    config = RecoverConfig(workers=workers, concurrent=concurrent)
+    found, share = placed(config, "gpu")
+    assert found == expected
+    assert share.num_gpus == 1
+
+
 def test_a_recovery_on_ray_train_outlives_a_killed_worker(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
