@@ -97,6 +97,9 @@ class Proposals:
         self._sampler: Sampler = sampler
         self._total = trials
         self._objectives = tuple(objectives)
+        self._distributions = dict.fromkeys(
+            space.names, optuna.distributions.FloatDistribution(0.0, 1.0)
+        )
         self._loss_at = self._objectives.index("fidelity_loss")
         self.studies = {
             target.label: optuna.create_study(directions=["minimize"] * len(objectives))
@@ -218,7 +221,10 @@ class Proposals:
 
         study = self.studies[target.label]
         seed = (self._seed * 1_000_003 + self._count) % 2**32
-        study.sampler = make_sampler(self._sampler, seed)
+        told = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+        study.sampler = make_sampler(
+            self._sampler, seed, space=self._distributions if told else None
+        )
         trial = study.ask()
         drawn = self._space.suggest(trial)
         space, room = self._space.within(target.currency), self._room(target)
@@ -259,12 +265,9 @@ class Proposals:
                 self._dearer[target.label].append(cost / predicted)
             if not math.isfinite(loss):
                 continue
-            holds = dict(self._space.encode(proposal.plan))
             result = optuna.trial.create_trial(
-                params=holds,
-                distributions=dict.fromkeys(
-                    holds, optuna.distributions.FloatDistribution(0.0, 1.0)
-                ),
+                params=dict(self._space.encode(proposal.plan)),
+                distributions=self._distributions,
                 values=[
                     loss
                     if o == "fidelity_loss"

@@ -7,14 +7,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import optuna
 import pytest
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import TrialState
 
 import search.proposals
 from search.budget import Target
 from search.proposals import Proposal, Proposals, Start
 from search.ranks import rank_correlation
-from search.samplers import POPULATION, SAMPLERS, Sampler
+from search.samplers import POPULATION, SAMPLERS, Sampler, make_sampler
 from search.solver import Piece
 from search.space import Space, candidates
 from trainers.students.plan import Start as BlockStart
@@ -273,3 +275,26 @@ def test_a_long_search_remembers_its_best_and_its_latest(
             loss for loss in mine if math.isfinite(loss)
         )
     assert run(make_proposals(space, trials=100, sampler=sampler), space, workers=3) == made
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_that_knows_the_space_draws_what_one_finds_that_does_not(name: Sampler) -> None:
+    space: dict[str, BaseDistribution] = dict.fromkeys(("wide", "deep"), FloatDistribution(0, 1))
+
+    def drawn(known: dict[str, BaseDistribution] | None) -> dict[str, float]:
+        study = optuna.create_study(directions=["minimize", "minimize"])
+        rng = random.Random(0)
+        for _ in range(12):
+            values = {name: rng.random() for name in space}
+            study.add_trial(
+                optuna.trial.create_trial(
+                    params=values,
+                    distributions=space,
+                    values=[sum(values.values()), -values["deep"]],
+                )
+            )
+        study.sampler = make_sampler(name, seed=3, space=known)
+        trial = study.ask()
+        return {name: trial.suggest_float(name, 0, 1) for name in space}
+
+    assert drawn(space) == drawn(None)
