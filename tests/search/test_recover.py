@@ -72,7 +72,6 @@ class Killer:
         return next(pid for pid in pids if Path(f"/proc/{pid}").exists())
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("workers", "concurrent", "expected"),
     [
@@ -94,6 +93,7 @@ def test_every_worker_has_a_gpu_of_its_own(
     assert share.num_gpus == 1
 
 
+@pytest.mark.timeout(900)
 def test_a_recovery_on_ray_train_outlives_a_killed_worker(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
