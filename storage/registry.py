@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -61,7 +62,8 @@ class Entry(Section):
     judge_score: _Finite | None = None
     """What the task's judge says of its pictures, 0 to 1; null when there is no judge."""
     judged: NonNegativeInt = 0
-    """How many pictures the judge saw."""
+    """How many pictures the judge saw; 0 of an entry from before they were counted, whose score is
+    taken as it is."""
     created: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
     """When it was published."""
 
@@ -84,25 +86,19 @@ def entries(store: Store, budget: str | None = None) -> list[Entry]:
 
 def look(store: Store, budget: str | None = None) -> tuple[list[Entry], dict[str, DamagedError]]:
     """Entries of one budget, or of all, oldest first, and by key what is wrong with the others."""
-    prefix = layout.registry() if budget is None else layout.registered(budget)
-    whole: list[Entry] = []
-    damaged: dict[str, DamagedError] = {}
-    for key in store.keys(prefix):
-        try:
-            with suppress(MissingKey):  # removed since it was listed
-                whole.append(twice(partial(_read, store, key)))
-        except DamagedError as error:
-            damaged[key] = error
+    found = dict(_by_key(store, layout.registry() if budget is None else layout.registered(budget)))
+    whole = [entry for entry in found.values() if isinstance(entry, Entry)]
+    damaged = {key: error for key, error in found.items() if isinstance(error, DamagedError)}
     return sorted(whole, key=lambda entry: (entry.created, entry.plan_digest)), damaged
 
 
 def best(store: Store, budget: str, teacher: str | None = None) -> Entry | None:
     """The best entry of a budget, of one teacher or of any; None when there is none.
 
-    Judged entries come before unjudged ones: the highest score that its pictures make sure of, then
-    the lowest fidelity loss; among unjudged ones the lowest fidelity loss. (Comparing by judge
-    score only where both have one would let three entries beat each other in a circle.) Then fewer
-    parameters, then the older entry.
+    Judged entries come before unjudged ones: the highest score that its pictures make sure of, the
+    highest score, the lowest fidelity loss; among unjudged ones the lowest fidelity loss.
+    (Comparing by judge score only where both have one would let three entries beat each other in a
+    circle.) Then fewer parameters, then the older entry.
     """
     candidates = [e for e in entries(store, budget) if teacher is None or e.teacher == teacher]
     return min(candidates, key=rank, default=None)
@@ -167,7 +163,10 @@ def withdraw_entry(store: Store, entry: Entry) -> None:
 
 def remove(store: Store, entry: Entry) -> None:
     """Remove the entry; nothing happens when it is not there."""
-    store.remove(_key(entry))
+    # Not by `_key`: of an entry from before it had all of its fields that is another.
+    for key, found in _by_key(store, layout.registered(entry.budget)):
+        if found == entry:
+            store.remove(key)
 
 
 def _key(entry: Entry) -> str:
@@ -179,18 +178,26 @@ def _key(entry: Entry) -> str:
 def rank(entry: Entry) -> tuple[bool, float, float, float, int]:
     """The lower, the better; see `best`."""
     score = entry.judge_score
-    sure = 0.0 if score is None else assured(score, entry.judged)
+    sure = assured(score, entry.judged) if score is not None and entry.judged else score or 0.0
     return (score is None, -sure, -(score or 0.0), entry.fidelity_loss, entry.parameters)
 
 
 def assured(score: float, pictures: int) -> float:
     """What a share of so many pictures is at least, with 97.5% certainty: the lower end of Wilson's
     interval. Scores of few pictures and of many then compare; of equally many, as they are."""
-    if pictures == 0:
-        return 0.0
     spread = 1.96**2 / pictures
     middle, variance = score + spread / 2, score * (1 - score) + spread / 4
     return (middle - math.sqrt(spread * variance)) / (1 + spread)
+
+
+def _by_key(store: Store, prefix: str) -> Iterator[tuple[str, Entry | DamagedError]]:
+    """Every entry, or what is wrong with it."""
+    for key in store.keys(prefix):
+        try:
+            with suppress(MissingKey):  # removed since it was listed
+                yield key, twice(partial(_read, store, key))
+        except DamagedError as error:
+            yield key, error
 
 
 def _read(store: Store, key: str) -> Entry:

@@ -223,6 +223,21 @@ def test_entries_of_the_first_version_stay_readable(store):
     assert [one.model for one in entries(store)] == [None]
 
 
+def test_entries_from_before_pictures_were_counted_are_ranked_and_removed(store):
+    made = [entry(name, 0.1, score) for name, score in (("old", 0.95), ("worse", 0.5))]
+    for one in made:
+        old = one.model_copy(update={"model": f"best/10B/{one.plan_digest}"})
+        content = old.model_dump(mode="json", exclude={"judged"})
+        publish(store, old.model, {"w": b"1"})
+        key = f"registry/10B/20260901T000000Z-{digest_json(content)}.json"
+        store.write(key, json.dumps(content).encode())
+    add(store, entry("new", 0.1, 0.9, judged=480))
+    assert winner(store) == "old"
+    assert [one.plan_digest for one in keep_best(store, "10B", "t", 2)] == ["worse"]
+    assert {one.plan_digest for one in entries(store)} == {"old", "new"}
+    assert {key.split("/")[2] for key in store.keys("best")} == {"old"}
+
+
 PUBLISHER = """
 import sys
 from storage.manifest import publish
