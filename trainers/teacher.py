@@ -48,6 +48,10 @@ _REMEMBERED_SIZE = 64 * 2**20
 """Bytes from which a file's digest is kept in the user's cache: hashing 40 GB takes a minute."""
 
 
+_whole_here: dict[tuple[str, str], Path] = {}
+"""By address and digest, the folders that this process has fetched, or proven to be whole."""
+
+
 class TeacherError(EspalierError):
     """A pipeline folder that is missing something or damaged."""
 
@@ -105,17 +109,24 @@ class Teacher:
     def folder(self) -> Path:
         """The pipeline on this machine, fetched when it is not here yet; of one in a store, a copy
         without the transformer's weights."""
-        if self.found.is_dir():
-            return self.found
-        if self.url is not None:
-            return _brought(self.url, self.options, patient=True)[0]
-        if self.hub is not None:
-            return self.hub.fetched()
-        raise TeacherError(
-            f"teacher {self.found}: no such folder on {socket.gethostname()}; put it where every "
-            "machine finds it under this path, or give a name on the Hugging Face hub or the URL "
-            "of a published one"
-        )
+        if self.url is None and self.hub is None:
+            if self.found.is_dir():
+                return self.found
+            raise TeacherError(
+                f"teacher {self.found}: no such folder on {socket.gethostname()}; put it where "
+                "every machine finds it under this path, or give a name on the Hugging Face hub or "
+                "the URL of a published one"
+            )
+        # A folder that is there may be one that another process is still filling.
+        known = _whole_here.get((self.address, self.digest))
+        if known is None or not known.is_dir():
+            known = (
+                self.hub.fetched()
+                if self.hub is not None
+                else _brought(self.address, self.options, patient=True)[0]
+            )
+            _whole_here[self.address, self.digest] = known
+        return known
 
     def weights(self) -> Weights:
         """The transformer's, of which nothing but names is read before it is asked for."""
@@ -232,7 +243,7 @@ def open_teacher(
             )
     config_file = folder / "transformer" / "config.json"
     config = _json(config_file)
-    return Teacher(
+    teacher = Teacher(
         name=name,
         found=folder,
         digest=digest_json({**_digests(folder, "transformer", known=remote), **remote}),
@@ -245,6 +256,8 @@ def open_teacher(
         options=options,
         hub=hub,
     )
+    _whole_here[teacher.address, teacher.digest] = folder
+    return teacher
 
 
 def check_pipeline(folder: Path, elsewhere: tuple[str, ...] = ()) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -126,3 +127,12 @@ def test_a_fetch_under_way_does_not_change_what_a_teacher_is(published: str):
     (found.folder / "transformer" / ".diffusion_pytorch_model.safetensors.x1y2").write_bytes(b"ab")
     again = open_teacher(published)
     assert (again.digest, again.encoder_digest) == (found.digest, found.encoder_digest)
+
+
+def test_a_copy_that_a_neighbour_is_still_filling_is_not_taken_for_whole(
+    teacher: Teacher, published: str, monkeypatch: pytest.MonkeyPatch
+):
+    found = open_teacher(published)
+    shutil.rmtree(found.found / "vae")
+    monkeypatch.setattr("trainers.teacher._whole_here", {})  # as in a process that did not open it
+    assert found.vae().state_dict().keys() == teacher.vae().state_dict().keys()

@@ -50,6 +50,15 @@ def test_a_machine_that_lacks_it_fetches_the_same_commit(hub, tmp_path):
     assert all(COMMIT in path for path in hub.asked)
 
 
+def test_a_folder_that_a_neighbour_is_still_filling_is_not_taken_for_whole(hub, monkeypatch):
+    opened = open_teacher("owner/tiny")
+    for file in (opened.found / "transformer", opened.found / "vae"):
+        shutil.rmtree(file)
+    monkeypatch.setattr("trainers.teacher._whole_here", {})  # as in a process that did not open it
+    assert list(opened.weights().names) == list(open_teacher("owner/tiny").weights().names)
+    assert opened.vae() is not None
+
+
 def test_a_revision_that_is_not_there_is_one_sentence(hub):
     with pytest.raises(TeacherError, match="owner/tiny@gone: neither a folder") as caught:
         open_teacher("owner/tiny@gone")
