@@ -113,7 +113,10 @@ def teach_default_size(
         return F.mse_loss(velocity_BND, noise_BND - latents_BND)
 
     unfinished = Unfinished(
-        work / f"course-{COURSES.index(course)}.pt", [transformer, average, *optimizers], generator
+        work / f"course-{COURSES.index(course)}",
+        [transformer, average, *optimizers],
+        generator,
+        course.steps,
     )
     done = unfinished.resume()
     batches = islice(batches, done, None)

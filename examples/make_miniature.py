@@ -43,7 +43,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from examples.default_size import COURSES, GRID, teach_default_size
 from examples.default_size import SHIFT as DEFAULT_SIZE_SHIFT
-from examples.unfinished import Unfinished
+from examples.unfinished import Unfinished, save
 from trainers.evaluate import generate
 from trainers.tasks.shapes.draw import draw
 from trainers.tasks.shapes.grammar import (
@@ -96,14 +96,14 @@ def main() -> None:
     captions = [request.caption for request in wanted]
     if not (work / "small").exists():
         pipeline = train_transformer(options, tokenizer, vae, latents, captions)
-        pipeline.save_pretrained(work / "small")
+        save(pipeline, work / "small")
     before = work / "small"
     for number, course in enumerate(COURSES):
         learned = work / f"course-{number}"
         if not learned.exists():
             pipeline = QwenImagePipeline.from_pretrained(before)
             teach_default_size(pipeline, work, latents, captions, SHIFT, course)
-            pipeline.save_pretrained(learned)
+            save(pipeline, learned)
         before = learned
     pipeline = QwenImagePipeline.from_pretrained(before)
     # Without what its latest call set.
@@ -324,7 +324,9 @@ def train(
     generator = torch.Generator().manual_seed(2)
     started = time.monotonic()
     snapshot = options.work / "snapshot"
-    unfinished = Unfinished(options.work / "small.pt", [trained, average, optimizer], generator)
+    unfinished = Unfinished(
+        options.work / "small", [trained, average, optimizer], generator, options.steps
+    )
     for step in range(unfinished.resume(), options.steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * learning_rate(step, options.steps)
