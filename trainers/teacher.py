@@ -42,8 +42,9 @@ _WEIGHTED = ("transformer", "vae", "text_encoder")
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 """Owner and model, and after an @ a branch, tag or commit."""
-_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors"]
-"""Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them."""
+_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors", "README.md"]
+"""Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them. README.md
+is the card, whose licence a student's card repeats."""
 _REMEMBERED_SIZE = 64 * 2**20
 """Bytes from which a file's digest is kept in the user's cache: hashing 40 GB takes a minute."""
 
