@@ -96,13 +96,18 @@ def plan(
         typer.Option(
             "--train",
             help="Also what training it takes: memory of each GPU, and time. A recipe's "
-            "`recover` and `data.resolution` say how it is trained.",
+            "`library`, `workers`, `recover` and `data.resolution` say how it is trained.",
         ),
     ] = False,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: " + ", ".join(GPUS) + ".")] = "H100-80GB",
     gpus: Annotated[
         int | None,
-        typer.Option(help="How many; by default recover.workers.", min=1, show_default=False),
+        typer.Option(
+            help="How many; by default the recipe's `workers` for the library, and the most of "
+            "`recover.workers` for the rest.",
+            min=1,
+            show_default=False,
+        ),
     ] = None,
     gpu_memory: Annotated[
         float | None,

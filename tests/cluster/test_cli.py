@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -147,10 +148,28 @@ def test_training_is_a_table_for_people(tmp_path: Path) -> None:
     assert "at 40% of the GPU's 989 TFLOP/s" in shown
 
 
+def test_a_library_is_made_by_the_workers_of_the_stage(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = Path("examples/recipes/ppcl-qwen-image-12b.yaml").read_text()
+    recipe.write_text(text.replace("\nworkers: 8\n", "\nworkers: 4\n"))
+
+    def trained(*settings: str) -> tuple[int, dict[str, Any]]:
+        said = json.loads(espalier("plan", recipe, "--train", "--json", *settings).output)
+        return said["training"]["gpus"], said["training"]["library"]
+
+    recovering, made = trained()
+    assert (recovering, made["gpus"]) == (8, 4)
+    recovering, made_by_eight = trained("--gpus", "8")
+    assert (recovering, made_by_eight["gpus"]) == (8, 8)
+    assert made["seconds"] > made_by_eight["seconds"]
+    shown = espalier("plan", recipe, "--train").output.replace("\n", " ")
+    assert "library on 4 × H100-80GB: " in shown
+
+
 def test_a_library_too_large_for_a_gpu_is_told_before_one_is_paid_for() -> None:
     recipe = Path("examples/recipes/ppcl-qwen-image-12b.yaml")
     shown = espalier("plan", recipe, "--train").output.replace("\n", " ")
-    assert "at a time on each GPU, 2 of 32 pictures at a time" in shown
+    assert "at a time on each, 2 of 32 pictures at a time" in shown
     small = espalier("plan", recipe, "--train", "--gpu", "A100-40GB")
     assert "too much; lower library.micro_batch" in small.output.replace("\n", " ")
     said = json.loads(
