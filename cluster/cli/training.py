@@ -209,5 +209,8 @@ def _library_in_words(library: Mapping[str, Any], gpu: str) -> str:
         f"{memory(library['memory']['total'])}"
     )
     if not library["fits"]:
-        return f"{said}, too much; lower library.micro_batch, then library.batch_size"
+        return (
+            f"{said}, too much; lower library.micro_batch, then library.batch_size, or take a "
+            "larger GPU"
+        )
     return f"{said}; {library['steps']:,} steps, {duration(library['seconds'])}"
