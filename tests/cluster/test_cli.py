@@ -19,6 +19,7 @@ from cluster.configfile import keys_of
 from search.config import SweepConfig
 from search.stages import stage_named
 from storage.errors import EspalierError
+from tests.hub import COMMIT, Hub
 from trainers.students.counts import plan_parameters
 from trainers.students.families import family_named
 from trainers.students.plan import BlockPlan, Plan, identity_plan, uniform_plan
@@ -250,6 +251,28 @@ def test_a_plan_for_another_teacher_is_refused(tmp_path: Path, tiny_pipeline: Pa
     done = espalier("plan", ppcl_plan(tmp_path), "--teacher", tiny_pipeline)
     assert done.exit_code == 1
     assert "has 6 blocks" in done.stderr
+
+
+@pytest.mark.parametrize("revision", ["", "@v1", f"@{COMMIT}"])
+def test_a_teacher_of_the_hub_is_asked_for_its_sizes_alone(
+    revision: str, hub: Hub, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(uniform_plan("qwen_image", 6, 3).to_json())
+    said = json.loads(espalier("plan", path, "--teacher", f"owner/tiny{revision}", "--json").output)
+    assert said["teacher"]["blocks"] == 6
+    wanted = f"/{revision[1:] or 'main'}/transformer/config.json"
+    assert any(asked.endswith(wanted) for asked in hub.asked)
+    assert not [asked for asked in hub.asked if asked.endswith(".safetensors")]
+
+
+def test_a_revision_that_the_hub_does_not_have_is_refused(hub: Hub, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(uniform_plan("qwen_image", 6, 3).to_json())
+    done = espalier("plan", path, "--teacher", "owner/tiny@gone")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("espalier: teacher owner/tiny@gone: neither a folder nor to be")
+    assert hub.asked
 
 
 def test_every_key_of_a_configuration_is_explained() -> None:
