@@ -51,7 +51,10 @@ def endings(resume: str | None = None) -> Iterator[None]:
 
     `resume` is the command line that takes up interrupted work.
     """
-    before = signal.signal(signal.SIGINT, _interrupt)
+    # A shell starts a background job of a script with SIGINT ignored, and so it stays.
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except EspalierError as error:
@@ -72,7 +75,8 @@ def endings(resume: str | None = None) -> Iterator[None]:
         again = f"; what is finished stays, run again with: {resume}" if resume else ""
         _complain(f"{failure}{again}", STAGE_FAILED)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if heeded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -98,6 +98,25 @@ with endings(), ThreadPoolExecutor() as pool:
     assert said.startswith("espalier: interrupted\n")
 
 
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    code = """
+import signal
+from cluster.cli.common import endings
+
+with endings():
+    signal.raise_signal(signal.SIGINT)
+    print("went on")
+"""
+    # As a shell starts a background job of a script.
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
 def test_help_has_examples() -> None:
     for verb in ("sweep", "encode", "publish", "status", "report", "plan", "generate", "judge"):
         shown = espalier(verb, "--help")
