@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,7 +82,8 @@ def endings(resume: str | None = None) -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Threads that wait for a store would hold up the end."""
-    hurry()
+    # `hurry` takes a lock that the main thread, which runs this, may hold at this very moment.
+    threading.Thread(target=hurry, daemon=True).start()
     signal.default_int_handler(number, frame)
 
 

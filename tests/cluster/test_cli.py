@@ -98,6 +98,28 @@ with endings(), ThreadPoolExecutor() as pool:
     assert said.startswith("espalier: interrupted\n")
 
 
+def test_an_interruption_of_a_wait_that_begins_does_not_hang() -> None:
+    code = """
+import signal, sys, threading
+from cluster.cli.common import endings
+from storage.retry import Patience, retried
+
+def interrupt(frame, event, argument):
+    # Called by Event.wait, which holds the event's lock here.
+    if event == "call" and frame.f_code is threading.Condition.wait.__code__:
+        signal.raise_signal(signal.SIGINT)
+
+def answer():
+    sys.setprofile(interrupt)
+    raise OSError("the store is out")
+
+with endings():
+    retried(answer, lambda error: True, Patience(1, 3600.0))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("espalier: interrupted\n")
+
+
 def test_an_ignored_interrupt_stays_ignored() -> None:
     code = """
 import signal
