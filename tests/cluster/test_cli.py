@@ -17,7 +17,7 @@ from cluster.cli.main import app
 from cluster.cli.run import run_stages
 from cluster.configfile import keys_of
 from search.config import SweepConfig
-from search.stages import stage_named
+from search.stages import STAGES, stage_named
 from storage.errors import EspalierError
 from tests.hub import COMMIT, Hub
 from trainers.students.counts import plan_parameters
@@ -144,6 +144,15 @@ def test_help_has_examples() -> None:
         shown = espalier(verb, "--help")
         assert shown.exit_code == 0
         assert f"espalier {verb}" in shown.output
+
+
+def test_help_lists_the_stages_in_their_order() -> None:
+    shown = " ".join(espalier("--help").output.split())
+    assert f"each also a command: {', '.join(stage.name for stage in STAGES)}." in shown
+
+
+def test_help_of_the_library_says_that_it_measures() -> None:
+    assert "and measure each." in " ".join(espalier("library", "--help").output.split())
 
 
 def test_the_published_ppcl_plan_has_its_published_size(tmp_path: Path) -> None:
