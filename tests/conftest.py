@@ -10,7 +10,7 @@ import pytest
 from tests.trainers.small import local_ray
 from trainers.teacher import Teacher, open_teacher
 
-pytest_plugins = ["tests.postgres", "tests.s3"]
+pytest_plugins = ["tests.hub", "tests.postgres", "tests.s3"]
 
 
 @pytest.fixture(scope="session")

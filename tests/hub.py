@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+
+import pytest
 
 COMMIT = "c0ffee" * 6 + "beef"
 """The only commit there is, 40 hex digits; `main` and the tag `v1` are it."""
@@ -23,6 +26,22 @@ class Hub:
     url: str
     asked: list[str] = field(default_factory=list)
     """Paths of all requests."""
+
+
+@pytest.fixture
+def hub(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that has the tiny pipeline with a card as owner/tiny, and a machine that has nothing of
+    it."""
+    model = shutil.copytree(tiny_pipeline, tmp_path / "uploaded")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    with serve_hub("owner/tiny", model) as served:
+        client = "huggingface_hub.constants"
+        files = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(f"{client}.ENDPOINT", served.url)
+        monkeypatch.setattr(f"{client}.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(f"{client}.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.chdir(tmp_path)
+        yield served
 
 
 @contextmanager

@@ -40,10 +40,11 @@ _NEEDED = ("vae", "text_encoder", "tokenizer", "transformer")
 # A family may have a second text encoder and tokenizer, whose names go on with a number.
 _WEIGHTED = ("transformer", "vae", "text_encoder")
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
-_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 """Owner and model, and after an @ a branch, tag or commit."""
-_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors"]
-"""Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them."""
+_HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors", "README.md"]
+"""Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them. README.md
+is the card, whose licence a student's card repeats."""
 _REMEMBERED_SIZE = 64 * 2**20
 """Bytes from which a file's digest is kept in the user's cache: hashing 40 GB takes a minute."""
 
@@ -324,7 +325,7 @@ def _folder(name: str) -> tuple[Path, HubModel | None]:
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve(), None
-    known = _HUB_NAME.fullmatch(name)
+    known = HUB_NAME.fullmatch(name)
     if known is None or path.parent.exists():
         raise TeacherError(
             f"teacher {name}: no such folder; give a diffusers pipeline folder or a name on the "

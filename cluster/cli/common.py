@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,10 @@ def endings(resume: str | None = None) -> Iterator[None]:
 
     `resume` is the command line that takes up interrupted work.
     """
-    before = signal.signal(signal.SIGINT, _interrupt)
+    # A shell starts a background job of a script with SIGINT ignored, and so it stays.
+    heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeded:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except EspalierError as error:
@@ -72,12 +76,14 @@ def endings(resume: str | None = None) -> Iterator[None]:
         again = f"; what is finished stays, run again with: {resume}" if resume else ""
         _complain(f"{failure}{again}", STAGE_FAILED)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if heeded:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Threads that wait for a store would hold up the end."""
-    hurry()
+    # `hurry` takes a lock that the main thread, which runs this, may hold at this very moment.
+    threading.Thread(target=hurry, daemon=True).start()
     signal.default_int_handler(number, frame)
 
 

@@ -15,8 +15,9 @@ app = typer.Typer(
     name="espalier",
     help=(
         "Prunes and trains large text-to-image diffusion transformers into small ones.\n\n"
-        "A sweep goes through stages, each also a command: encode, analyse, library, search, "
-        "recover, publish, report. A stage that is done is skipped, one that was cut off resumes."
+        "A sweep goes through stages, each also a command: encode, measure, analyse, library, "
+        "search, recover, publish, report. A stage that is done is skipped, one that was cut off "
+        "resumes."
     ),
     epilog=(
         "Examples:\n\n"

@@ -31,7 +31,8 @@ STAGE_HELP = {
     "encode": "Pictures and captions to latents and text embeddings, in shards.",
     "measure": "Measure latency and memory of blocks, for budgets and objectives that need it.",
     "analyse": "Measure which blocks are redundant, and nominate the spans worth replacing.",
-    "library": "Train every nominated replacement that the storage does not hold yet.",
+    "library": "Make every nominated replacement that the storage does not hold yet, trained or "
+    "cut from the teacher, and measure each.",
     "search": "Assemble and score plans; find the best for every budget.",
     "recover": "Distil the finalists of every budget, racing schedules.",
     "publish": "Judge the finalists and publish the best of every budget as a diffusers model.",

@@ -86,8 +86,9 @@ def plan(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub name of the teacher; by default the recipe's where it is a folder "
-            "here, else Qwen-Image or FLUX.1-dev, for plans of their 60 and 57 blocks.",
+            help="Folder of the teacher, or its name on the hub, also owner/model@revision; by "
+            "default the recipe's where it is a folder here, else Qwen-Image or FLUX.1-dev, for "
+            "plans of their 60 and 57 blocks.",
             show_default=False,
         ),
     ] = None,
@@ -96,13 +97,18 @@ def plan(
         typer.Option(
             "--train",
             help="Also what training it takes: memory of each GPU, and time. A recipe's "
-            "`recover` and `data.resolution` say how it is trained.",
+            "`library`, `workers`, `recover` and `data.resolution` say how it is trained.",
         ),
     ] = False,
     gpu: Annotated[str, typer.Option(help="Kind of GPU: " + ", ".join(GPUS) + ".")] = "H100-80GB",
     gpus: Annotated[
         int | None,
-        typer.Option(help="How many; by default recover.workers.", min=1, show_default=False),
+        typer.Option(
+            help="How many; by default the recipe's `workers` for the library, and the most of "
+            "`recover.workers` for the rest.",
+            min=1,
+            show_default=False,
+        ),
     ] = None,
     gpu_memory: Annotated[
         float | None,
@@ -216,17 +222,23 @@ def recipe_teacher(path: Path) -> str | None:
 
 
 def transformer_config(name: str) -> dict[str, Any]:
-    """transformer/config.json of a folder or hub repository; no weights are fetched."""
+    """transformer/config.json of a folder, or of a hub repository as `open_teacher` takes its name;
+    no weights are fetched."""
     file = Path(name).expanduser() / "transformer" / "config.json"
     if not Path(name).expanduser().is_dir():
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+        from trainers.teacher import HUB_NAME
+
+        known = HUB_NAME.fullmatch(name)
+        model, revision = known.groups() if known else (name, None)
         try:
-            file = Path(hf_hub_download(name, "transformer/config.json"))
+            file = Path(hf_hub_download(model, "transformer/config.json", revision=revision))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise TeacherSizesError(
-                f"teacher {name}: neither a folder nor to be had from the Hugging Face hub"
+                f"teacher {name}: neither a folder nor to be had from the Hugging Face hub; check "
+                "the name, the network and your access"
             ) from error
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

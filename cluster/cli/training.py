@@ -46,11 +46,12 @@ def describe_training(
     text_tokens: int,
     mfu: float,
 ) -> dict[str, Any]:
-    """Memory in bytes and time in seconds of every phase of the recipe's middle schedule."""
+    """Memory in bytes and time in seconds of the library, and of every phase of the recipe's middle
+    schedule. `gpus` is for both; None leaves each the workers that the recipe gives it."""
     if kind not in GPUS:
         raise TrainingError(f"--gpu {kind}: not known; give one of {', '.join(GPUS)}")
     gpu = GPUS[kind]
-    recover, library, resolution = settings_of(path)
+    recover, library, library_workers, resolution = settings_of(path)
     schedule = recover.space.schedule(recover.space.middle())
     workers = gpus or recover.range[1]
     pictures = Pictures.of(resolution, text_tokens)
@@ -97,7 +98,12 @@ def describe_training(
         "shard_teacher": recover.shard_teacher,
         "step": recover.step.model_dump(mode="json"),
         "library": _library(
-            plan, config, library, Room(offered, pictures), workers, gpu.tflops * 1e12 * mfu
+            plan,
+            config,
+            library,
+            Room(offered, pictures),
+            gpus or library_workers,
+            gpu.tflops * 1e12 * mfu,
         ),
         "phases": phases,
         "seconds": sum(phase["seconds"] for phase in phases),
@@ -132,6 +138,7 @@ def _library(
     fullest = max(memory, key=lambda parts: sum(parts.values()))
     flops = sum(library_flops(family, config, group, room.pictures) for group in groups)
     return {
+        "gpus": workers,
         "replacements": len(blocks),
         "group": max(map(len, groups)),
         "steps": library.steps,
@@ -143,17 +150,19 @@ def _library(
     }
 
 
-def settings_of(path: Path) -> tuple[RecoverConfig, LibraryConfig, int]:
-    """How a recipe trains and the size of its pictures; the defaults for a plan alone."""
+def settings_of(path: Path) -> tuple[RecoverConfig, LibraryConfig, int, int]:
+    """How a recipe trains, the workers that make its library and the size of its pictures; the
+    defaults for a plan alone."""
     from cluster.configfile import load_config
     from search.config import SweepConfig
     from search.recover import RecoverConfig
 
     data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(data, Mapping) or "plan" not in data:
-        return RecoverConfig(), LibraryConfig(), RESOLUTION
+        workers: int = SweepConfig.model_fields["workers"].default
+        return RecoverConfig(), LibraryConfig(), workers, RESOLUTION
     recipe = load_config(path, [], SweepConfig)
-    return recipe.recover, recipe.library, recipe.data.resolution
+    return recipe.recover, recipe.library, recipe.workers, recipe.data.resolution
 
 
 def print_training(said: Mapping[str, Any]) -> None:
@@ -169,7 +178,7 @@ def print_training(said: Mapping[str, Any]) -> None:
         f"{said['resolution']}-pixel pictures, captions of {said['text_tokens']} tokens"
     )
     if library := said["library"]:
-        console.print(_library_in_words(library))
+        console.print(_library_in_words(library, said["gpu"]))
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("per GPU")
     for phase in said["phases"]:
@@ -189,15 +198,19 @@ def print_training(said: Mapping[str, Any]) -> None:
     )
 
 
-def _library_in_words(library: Mapping[str, Any]) -> str:
+def _library_in_words(library: Mapping[str, Any], gpu: str) -> str:
     from search.report.words import duration, memory
 
     pictures = library["micro_batch"] or library["batch_size"]
     said = (
-        f"library: {library['replacements']} replacements, {library['group']} at a time on each "
-        f"GPU, {pictures} of {library['batch_size']} pictures at a time: "
+        f"library on {library['gpus']} × {gpu}: {library['replacements']} replacements, "
+        f"{library['group']} at a time on each, {pictures} of {library['batch_size']} pictures at "
+        "a time: "
         f"{memory(library['memory']['total'])}"
     )
     if not library["fits"]:
-        return f"{said}, too much; lower library.micro_batch, then library.batch_size"
+        return (
+            f"{said}, too much; lower library.micro_batch, then library.batch_size, or take a "
+            "larger GPU"
+        )
     return f"{said}; {library['steps']:,} steps, {duration(library['seconds'])}"

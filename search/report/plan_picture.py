@@ -69,10 +69,13 @@ def in_words(plan: Plan) -> str:
         text: [span(*b.span) for b in plan.blocks if b.text == text]
         for text in ("projected", "shared")
     }
+    untrained = [b for b in plan.blocks if b.untrained]
     cut_from = {
-        source: [span(*b.span) for b in plan.blocks if b.untrained and b.start == start]
+        source: [span(*b.span) for b in untrained if b.length > 1 and b.start == start]
         for start, source in _SOURCE.items()
     }
+    # Of one block all sources are that block.
+    cut_alone = [span(*b.span) for b in untrained if b.length == 1]
     own = sum(block.untouched for block in plan.blocks)
     parts = [f"{plan.teacher_blocks} teacher blocks become {len(plan.blocks)}"]
     if merged:
@@ -85,6 +88,8 @@ def in_words(plan: Plan) -> str:
         for source, found in cut_from.items()
         if found
     ]
+    if cut_alone:
+        parts.append("cut untrained are " + ", ".join(cut_alone))
     blocks = "block is" if own == 1 else "blocks are"
     parts.append(f"{own or 'no'} {blocks} the teacher’s own")
     return "; ".join(parts)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -16,8 +17,9 @@ from cluster.cli.main import app
 from cluster.cli.run import run_stages
 from cluster.configfile import keys_of
 from search.config import SweepConfig
-from search.stages import stage_named
+from search.stages import STAGES, stage_named
 from storage.errors import EspalierError
+from tests.hub import COMMIT, Hub
 from trainers.students.counts import plan_parameters
 from trainers.students.families import family_named
 from trainers.students.plan import BlockPlan, Plan, identity_plan, uniform_plan
@@ -96,11 +98,61 @@ with endings(), ThreadPoolExecutor() as pool:
     assert said.startswith("espalier: interrupted\n")
 
 
+def test_an_interruption_of_a_wait_that_begins_does_not_hang() -> None:
+    code = """
+import signal, sys, threading
+from cluster.cli.common import endings
+from storage.retry import Patience, retried
+
+def interrupt(frame, event, argument):
+    # Called by Event.wait, which holds the event's lock here.
+    if event == "call" and frame.f_code is threading.Condition.wait.__code__:
+        signal.raise_signal(signal.SIGINT)
+
+def answer():
+    sys.setprofile(interrupt)
+    raise OSError("the store is out")
+
+with endings():
+    retried(answer, lambda error: True, Patience(1, 3600.0))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("espalier: interrupted\n")
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    code = """
+import signal
+from cluster.cli.common import endings
+
+with endings():
+    signal.raise_signal(signal.SIGINT)
+    print("went on")
+"""
+    # As a shell starts a background job of a script.
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
 def test_help_has_examples() -> None:
     for verb in ("sweep", "encode", "publish", "status", "report", "plan", "generate", "judge"):
         shown = espalier(verb, "--help")
         assert shown.exit_code == 0
         assert f"espalier {verb}" in shown.output
+
+
+def test_help_lists_the_stages_in_their_order() -> None:
+    shown = " ".join(espalier("--help").output.split())
+    assert f"each also a command: {', '.join(stage.name for stage in STAGES)}." in shown
+
+
+def test_help_of_the_library_says_that_it_measures() -> None:
+    assert "and measure each." in " ".join(espalier("library", "--help").output.split())
 
 
 def test_the_published_ppcl_plan_has_its_published_size(tmp_path: Path) -> None:
@@ -147,12 +199,33 @@ def test_training_is_a_table_for_people(tmp_path: Path) -> None:
     assert "at 40% of the GPU's 989 TFLOP/s" in shown
 
 
+def test_a_library_is_made_by_the_workers_of_the_stage(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = Path("examples/recipes/ppcl-qwen-image-12b.yaml").read_text()
+    recipe.write_text(text.replace("\nworkers: 8\n", "\nworkers: 4\n"))
+
+    def trained(*settings: str) -> tuple[int, dict[str, Any]]:
+        said = json.loads(espalier("plan", recipe, "--train", "--json", *settings).output)
+        return said["training"]["gpus"], said["training"]["library"]
+
+    recovering, made = trained()
+    assert (recovering, made["gpus"]) == (8, 4)
+    recovering, made_by_eight = trained("--gpus", "8")
+    assert (recovering, made_by_eight["gpus"]) == (8, 8)
+    assert made["seconds"] > made_by_eight["seconds"]
+    shown = espalier("plan", recipe, "--train").output.replace("\n", " ")
+    assert "library on 4 × H100-80GB: " in shown
+
+
 def test_a_library_too_large_for_a_gpu_is_told_before_one_is_paid_for() -> None:
     recipe = Path("examples/recipes/ppcl-qwen-image-12b.yaml")
     shown = espalier("plan", recipe, "--train").output.replace("\n", " ")
-    assert "at a time on each GPU, 2 of 32 pictures at a time" in shown
+    assert "at a time on each, 2 of 32 pictures at a time" in shown
     small = espalier("plan", recipe, "--train", "--gpu", "A100-40GB")
-    assert "too much; lower library.micro_batch" in small.output.replace("\n", " ")
+    # The teacher alone is larger than this card: smaller batches do not help.
+    assert "too much; lower library.micro_batch, then library.batch_size, or take a larger GPU" in (
+        small.output.replace("\n", " ")
+    )
     said = json.loads(
         espalier("plan", recipe, "--train", "--gpu", "A100-40GB", "--json").output
     )["training"]  # fmt: skip
@@ -228,6 +301,28 @@ def test_a_plan_for_another_teacher_is_refused(tmp_path: Path, tiny_pipeline: Pa
     done = espalier("plan", ppcl_plan(tmp_path), "--teacher", tiny_pipeline)
     assert done.exit_code == 1
     assert "has 6 blocks" in done.stderr
+
+
+@pytest.mark.parametrize("revision", ["", "@v1", f"@{COMMIT}"])
+def test_a_teacher_of_the_hub_is_asked_for_its_sizes_alone(
+    revision: str, hub: Hub, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(uniform_plan("qwen_image", 6, 3).to_json())
+    said = json.loads(espalier("plan", path, "--teacher", f"owner/tiny{revision}", "--json").output)
+    assert said["teacher"]["blocks"] == 6
+    wanted = f"/{revision[1:] or 'main'}/transformer/config.json"
+    assert any(asked.endswith(wanted) for asked in hub.asked)
+    assert not [asked for asked in hub.asked if asked.endswith(".safetensors")]
+
+
+def test_a_revision_that_the_hub_does_not_have_is_refused(hub: Hub, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(uniform_plan("qwen_image", 6, 3).to_json())
+    done = espalier("plan", path, "--teacher", "owner/tiny@gone")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("espalier: teacher owner/tiny@gone: neither a folder nor to be")
+    assert hub.asked
 
 
 def test_every_key_of_a_configuration_is_explained() -> None:

@@ -12,7 +12,9 @@ import yaml
 from PIL import Image
 
 from search.card import CardFacts, card_text, write_card
+from search.stages.facts import licence
 from tests.search.invented import COSTS, PROVENANCE, SCHEDULE, STUDENTS, TEACHER, TEACHER_SCORES
+from trainers.teacher import open_teacher
 
 FACTS = CardFacts(
     asked="50%",
@@ -47,6 +49,11 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
 def test_a_teacher_that_is_not_on_the_hub_is_no_base_model() -> None:
     front = front_matter(card_text(dataclasses.replace(FACTS, base_model=None, licence=None)))
     assert not {"base_model", "base_model_relation", "license"} & set(front)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_teacher_that_is_fetched_from_the_hub_brings_its_licence() -> None:
+    assert licence(open_teacher("owner/tiny")) == "apache-2.0"
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,16 @@ def test_a_plan_says_and_shows_which_blocks_are_cut_untrained() -> None:
     assert plan_png(mixed) != plan_png(HALF)
 
 
+def test_a_block_that_stands_for_one_names_no_source() -> None:
+    first, second, third = HALF.blocks
+    narrow = first.model_copy(update={"ffn": 0.5})
+    alone = HALF.model_copy(update={"blocks": (narrow, second, third)})
+    assert "; cut untrained are 0;" in in_words(alone)
+    merged = second.model_copy(update={"start": "first"})
+    both = HALF.model_copy(update={"blocks": (narrow, merged, third)})
+    assert "; cut untrained from the first block are 1–2; cut untrained are 0;" in in_words(both)
+
+
 @pytest.mark.parametrize("url", ["runs/best/50pct", "file:///runs/best", "s3://bucket/best"])
 def test_the_loading_lines_are_python(url: str) -> None:
     code = loading(HALF, url, {"height": 64}, 'it says "hello" — ü')

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.hub import COMMIT, Hub, serve_hub
+from tests.hub import COMMIT
 from trainers.teacher import TeacherError, open_teacher
-
-
-@pytest.fixture
-def hub(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that has the tiny pipeline as owner/tiny, and a machine that has nothing of it."""
-    with serve_hub("owner/tiny", tiny_pipeline) as served:
-        client = "huggingface_hub.constants"
-        files = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(f"{client}.ENDPOINT", served.url)
-        monkeypatch.setattr(f"{client}.HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(f"{client}.HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.chdir(tmp_path)
-        yield served
 
 
 @pytest.mark.parametrize("name", ["owner/tiny", "owner/tiny@v1", f"owner/tiny@{COMMIT}"])
