@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from storage.store import StoreOptions, open_store
 from trainers.estimate import USED, Pictures, library_memory
 from trainers.library.config import LibraryConfig
+from trainers.library.groups import grouped
 from trainers.library.library import LibraryError
 from trainers.placement import Share
 from trainers.students.families.base import Config, Family
@@ -36,35 +37,40 @@ def find_room(url: str, options: StoreOptions | None, encoding: str, share: Shar
 
 
 def largest_group(
-    family: Family, config: Config, blocks: Sequence[BlockPlan], settings: LibraryConfig, room: Room
+    family: Family,
+    config: Config,
+    blocks: Sequence[BlockPlan],
+    workers: int,
+    settings: LibraryConfig,
+    room: Room,
 ) -> int:
-    """How many of `blocks`, any of them, a worker can train together; at most `settings.group`.
+    """How many replacements a group of `blocks` may have, `settings.group` at most, so that each of
+    the groups that they are dealt into has room on a worker.
 
-    LibraryError when one alone is too large.
+    LibraryError when one that is trained is too large alone.
     """
-    largest = sorted(blocks, key=lambda block: -family.block_parameters(config, block))
-
-    def needed(count: int) -> int:
-        return sum(
-            library_memory(
-                family,
-                config,
-                largest[:count],
-                settings.batch_size,
-                settings.micro_batch,
-                room.pictures,
-            ).values()
-        )
-
     offered = int(USED * room.memory)
-    if needed(1) > offered:
+
+    def needed(group: Sequence[BlockPlan]) -> int:
+        memory = library_memory(
+            family, config, group, settings.batch_size, settings.micro_batch, room.pictures
+        )
+        return sum(memory.values())
+
+    # What a group takes depends on more than how many it has: on widths and kinds, and on how many
+    # edges its spans share. So larger ones may fit where smaller ones do not.
+    for most in range(min(settings.group, len(blocks)), 0, -1):
+        if all(needed(group) <= offered for group in grouped(blocks, workers, most)):
+            return most
+    # One that is only measured takes less than its training would.
+    largest = max((needed([block]) for block in blocks if not block.untrained), default=0)
+    if largest > offered:
         raise LibraryError(
-            f"library: one replacement takes {needed(1) / 2**30:.1f} GiB with the teacher, and a "
+            f"library: one replacement takes {largest / 2**30:.1f} GiB with the teacher, and a "
             f"worker has {offered / 2**30:.1f} of its GPU for it; lower library.micro_batch, then "
             "library.batch_size, or give each worker a larger GPU or one of its own"
         )
-    fitting = (n for n in range(1, min(settings.group, len(blocks)) + 1) if needed(n) <= offered)
-    return max(fitting)
+    return 1
 
 
 def _look(url: str, options: StoreOptions | None, encoding: str, part: float) -> Room:
