@@ -104,8 +104,8 @@ def train_library(
             progress.update(done, steps, made=made, reused=reused, **facts)
 
         most = config.group
-        # One that is only measured takes less room than one that is trained.
-        if accelerator == "gpu" and steps:
+        # One that is only measured also stands on the GPU, cut, until its group is through.
+        if accelerator == "gpu":
             room = find_room(store.url, options, encoding, share)
             most = largest_group(teacher.family, teacher.config, missing, workers, config, room)
         # What a lost worker leaves is grouped anew.

@@ -77,6 +77,12 @@ def test_no_room_for_one_is_said_before_any_training():
         largest(BLOCKS, room(80), whole)
 
 
+def test_what_is_only_measured_is_refused_for_no_training():
+    whole = SETTINGS.model_copy(update={"micro_batch": None})
+    cut = [block.model_copy(update={"start": "average"}) for block in BLOCKS]
+    assert largest(cut, room(80), whole) == 1
+
+
 def test_room_is_a_share_of_the_gpu_and_pictures_are_those_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

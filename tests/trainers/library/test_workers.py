@@ -12,7 +12,9 @@ from storage.store import open_store
 from tests.trainers.library.setting import BLOCKS, ENCODING, PROBE, put_latents
 from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import open_latents
+from trainers.estimate import Pictures
 from trainers.evaluate import fidelity_loss
+from trainers.library import workers
 from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped, work
 from trainers.library.library import (
@@ -21,6 +23,7 @@ from trainers.library.library import (
     ReplacementMeta,
     replacement_prefix,
 )
+from trainers.library.room import Room
 from trainers.library.train import train_replacements
 from trainers.library.worker import LibraryWorker
 from trainers.library.workers import train_library
@@ -126,6 +129,17 @@ def test_what_is_cut_is_measured_once_however_others_are_trained(teacher: Teache
     again = train_library(teacher, CUT, store, ENCODING, longer, probe=PROBE)
     assert (again.trained, again.measured, again.reused) == (0, 0, 2)
     assert again.prefixes == {block: first.prefixes[block] for block in CUT}
+
+
+def test_what_is_only_measured_is_bounded_by_the_room_too(
+    teacher: Teacher, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    groups: list[list[BlockPlan]] = []
+    monkeypatch.setattr(workers, "share_of", lambda *_: Share(1, 1, 1, "cuda"))
+    monkeypatch.setattr(workers, "find_room", lambda *_: Room(1, Pictures(16, 4)))
+    monkeypatch.setattr(workers.Crew, "run", lambda _, given, report: groups.extend(given))
+    train_library(teacher, CUT, open_store(url), ENCODING, CONFIG, accelerator="gpu")
+    assert groups == [[block] for block in CUT]
 
 
 def test_a_failed_replacement_is_told_and_not_tried_again(teacher: Teacher, url: str):
