@@ -160,6 +160,18 @@ def test_a_replacement_that_ends_every_worker_fails_alone_and_is_named(
     assert told[-1] == (4 * CONFIG.steps, 3, 1)
 
 
+def test_one_that_ends_every_worker_that_measures_it_is_said_to(store: Store):
+    def does(group: Sequence[BlockPlan]) -> None:
+        raise RuntimeError("out of memory")
+
+    crew = light_crew(store, does, size=1)
+    crew.run([[CUT]], lambda *_: None)
+    assert crew.failed == {
+        CUT: "its worker ended 2 times in a row while it was measured; the last one failed with "
+        "RuntimeError: out of memory"
+    }
+
+
 def test_a_group_that_is_too_much_for_a_worker_is_trained_one_by_one(store: Store):
     def does(group: Sequence[BlockPlan]) -> None:
         if len(group) > 1:
