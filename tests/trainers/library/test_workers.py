@@ -15,7 +15,7 @@ from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import open_latents
 from trainers.estimate import Pictures
 from trainers.evaluate import fidelity_loss
-from trainers.library import workers
+from trainers.library import workers as making
 from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped, work
 from trainers.library.library import (
@@ -147,9 +147,9 @@ def test_what_is_only_measured_is_bounded_by_the_room_too(
     teacher: Teacher, url: str, monkeypatch: pytest.MonkeyPatch
 ):
     groups: list[list[BlockPlan]] = []
-    monkeypatch.setattr(workers, "share_of", lambda *_: Share(1, 1, 1, "cuda"))
-    monkeypatch.setattr(workers, "find_room", lambda *_: Room(1, Pictures(16, 4)))
-    monkeypatch.setattr(workers.Crew, "run", lambda _, given, report: groups.extend(given))
+    monkeypatch.setattr(making, "share_of", lambda *_: Share(1, 1, 1, "cuda"))
+    monkeypatch.setattr(making, "find_room", lambda *_: Room(1, Pictures(16, 4)))
+    monkeypatch.setattr(making.Crew, "run", lambda _, given, report: groups.extend(given))
     train_library(teacher, CUT, open_store(url), ENCODING, CONFIG, accelerator="gpu")
     assert groups == [[block] for block in CUT]
 
