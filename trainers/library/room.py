@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from storage.store import StoreOptions, open_store
+from storage.manifest import published
+from storage.store import Store, StoreOptions, open_store
+from trainers.data.shards import EncodedMeta
 from trainers.estimate import USED, Pictures, library_memory
 from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped
@@ -13,6 +15,9 @@ from trainers.library.library import LibraryError
 from trainers.placement import Share
 from trainers.students.families.base import Config, Family
 from trainers.students.plan import BlockPlan
+
+PATIENCE_SECONDS = 60.0
+"""How long a machine is waited for whose GPUs are in use, once another has answered."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,44 @@ class Room:
     pictures: Pictures
 
 
-def find_room(url: str, options: StoreOptions | None, encoding: str, share: Share) -> Room:
-    """Asks the GPU that Ray gives a worker of this share."""
+def find_room(store: Store, options: StoreOptions | None, encoding: str, share: Share) -> Room:
+    """Asks a GPU of every machine that Ray has one free on, and takes the smallest: those of one
+    machine should be alike, and a machine that joins later should have no smaller ones."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    found: Room = ray.get(
-        ray.remote(_look)
-        .options(num_cpus=share.num_cpus, num_gpus=share.num_gpus)
-        .remote(url, options, encoding, share.num_gpus)
-    )
-    return found
+    # Soft: what a machine is asked that has just left, another answers.
+    asked = [
+        ray.remote(_memory)
+        .options(
+            num_cpus=share.num_cpus,
+            num_gpus=share.num_gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True),
+        )
+        .remote()
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+    ]
+    ray.wait(asked)
+    free, taken = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_SECONDS)
+    for reference in taken:
+        ray.cancel(reference)
+    pictures = encoded_pictures(store, encoding)
+    if pictures is None:
+        opened = ray.remote(_opened).options(num_cpus=share.num_cpus, num_gpus=share.num_gpus)
+        pictures = ray.get(opened.remote(store.url, options, encoding))
+    return Room(int(share.num_gpus * min(ray.get(free))), pictures)
+
+
+def encoded_pictures(store: Store, encoding: str) -> Pictures | None:
+    """What the encoding's manifest says of its pictures; of one of the first version, None."""
+    manifest = published(store, encoding)
+    if manifest is None:
+        return None
+    meta = EncodedMeta.model_validate(manifest.meta)
+    if meta.image_tokens is None or meta.text_tokens is None:
+        return None
+    return Pictures(meta.image_tokens, meta.text_tokens)
 
 
 def largest_group(
@@ -73,13 +106,17 @@ def largest_group(
     return 1
 
 
-def _look(url: str, options: StoreOptions | None, encoding: str, part: float) -> Room:
+def _memory() -> int:
     import torch
 
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def _opened(url: str, options: StoreOptions | None, encoding: str) -> Pictures:
+    """Of an encoding that does not say it; on a machine that trains, which needs a copy anyhow."""
     from trainers.data.latents import open_latents
 
     latents = open_latents(open_store(url, options, patient=True), encoding)
     rows, columns = latents.grid
     longest = max(int(shard.mask.sum(1).max()) for shard in latents.shards)
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return Room(int(part * memory), Pictures(rows * columns, longest))
+    return Pictures(rows * columns, longest)

@@ -106,7 +106,7 @@ def train_library(
         most = config.group
         # One that is only measured also stands on the GPU, cut, until its group is through.
         if accelerator == "gpu":
-            room = find_room(store.url, options, encoding, share)
+            room = find_room(store, options, encoding, share)
             most = largest_group(teacher.family, teacher.config, missing, workers, config, room)
         # What a lost worker leaves is grouped anew.
         sized = config.model_copy(update={"group": most})

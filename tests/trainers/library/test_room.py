@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from storage.store import open_store
+from storage.manifest import publish, withdraw
+from storage.store import Store, open_store
+from tests.nodes import ROOT, machines
 from tests.trainers.library.setting import ENCODING, put_latents
 from tests.trainers.small import small_latents
+from trainers.data.shards import EncodedMeta
 from trainers.estimate import USED, Pictures, library_memory
+from trainers.library import room as rooms
 from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped
 from trainers.library.library import LibraryError
-from trainers.library.room import Room, _look, largest_group
+from trainers.library.room import Room, _opened, encoded_pictures, find_room, largest_group
+from trainers.placement import Share
 from trainers.students.families import FAMILIES
 from trainers.students.plan import BlockPlan
 
@@ -83,11 +87,50 @@ def test_what_is_only_measured_is_refused_for_no_training():
     assert largest(cut, room(80), whole) == 1
 
 
-def test_room_is_a_share_of_the_gpu_and_pictures_are_those_encoded(
+LONGEST = max(int(shard.mask.sum(1).max()) for shard in small_latents().shards)
+
+
+def test_pictures_are_those_encoded_whether_their_manifest_says_so_or_not(tmp_path: Path):
+    store = open_store(str(tmp_path))
+    put_latents(store)
+    assert encoded_pictures(store, ENCODING) is None
+    assert _opened(str(tmp_path), None, ENCODING) == Pictures(16, LONGEST)
+    say_tokens(store)
+    assert encoded_pictures(store, ENCODING) == Pictures(16, LONGEST)
+
+
+def say_tokens(store: Store) -> None:
+    """As encoding does; and no shard is there to be opened."""
+    withdraw(store, ENCODING)
+    meta = EncodedMeta(shards=1, pictures=20, held_out=4, image_tokens=16, text_tokens=LONGEST)
+    publish(store, ENCODING, {}, meta.model_dump(mode="json"))
+
+
+@pytest.mark.timeout(300)
+def test_room_is_a_share_of_the_smallest_gpu_that_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    properties = SimpleNamespace(total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    put_latents(open_store(str(tmp_path)))
-    longest = max(int(shard.mask.sum(1).max()) for shard in small_latents().shards)
-    assert _look(str(tmp_path), None, ENCODING, 0.5) == Room(40 * 2**30, Pictures(16, longest))
+    import ray
+
+    store, share = open_store(str(tmp_path)), Share(0.5, 0.5, 1, "cuda")
+    say_tokens(store)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(rooms, "PATIENCE_SECONDS", 1.0)
+    with machines(head_cpus=1) as cluster:
+        large, small = (cluster.add_node(num_cpus=1, num_gpus=1).node_id for _ in range(2))
+        gib = {large: 80, small: 40}
+        monkeypatch.setattr(
+            rooms, "_memory", lambda: gib[ray.get_runtime_context().get_node_id()] * 2**30
+        )
+        assert find_room(store, None, ENCODING, share) == Room(20 * 2**30, Pictures(16, LONGEST))
+
+        there = NodeAffinitySchedulingStrategy(small, soft=False)
+        holder = ray.remote(Holder).options(num_gpus=1, scheduling_strategy=there).remote()
+        ray.get(holder.ready.remote())
+        assert find_room(store, None, ENCODING, share).memory == 40 * 2**30
+
+
+class Holder:
+    """Somebody else, who has a GPU."""
+
+    def ready(self) -> None: ...
