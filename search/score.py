@@ -10,7 +10,8 @@ tokens, C latent channels of a packed token.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ from pydantic import JsonValue
 from search.budget import Currency
 from storage.digest import digest_json
 from storage.store import Store, StoreOptions, open_store
+from trainers.estimate import USED, Pictures, passing_memory
 from trainers.library.library import Library
 from trainers.measure import (
     MeasureConfig,
@@ -119,7 +121,9 @@ class Bench:
             )
             meter = Meter(self.measuring, inputs)
         library = Library(store, dict(self.replacements))
-        return Scorer(self.teacher, model, library, probe, store, meter)
+        # On CPUs replacements are mapped from files, and take nothing.
+        free = gpu_free if self.device == "cuda" else None
+        return Scorer(self.teacher, model, library, probe, store, meter, free)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ class Meter:
 
 
 class Scorer:
-    """Warm models. Each replacement is loaded when a plan first asks for it, and kept."""
+    """Warm models. Each replacement is loaded when a plan first asks for it, and kept; on a GPU as
+    long as there is room."""
 
     def __init__(
         self,
@@ -141,7 +146,9 @@ class Scorer:
         probe: FidelityProbe,
         store: Store,
         meter: Meter | None = None,
+        free: Callable[[], int] | None = None,
     ) -> None:
+        """`free`: bytes that tensors may still take; None where there is no end of them."""
         self.store = store
         self._meter = meter
         self._family: Family = teacher.family
@@ -150,12 +157,14 @@ class Scorer:
         self._own = list(self._family.block_modules(model))
         self._library = library
         self._probe = probe
-        self._loaded: dict[BlockPlan, nn.Module] = {}
+        self._free = free
+        self._loaded: OrderedDict[BlockPlan, nn.Module] = OrderedDict()
+        """The one that was asked for longest ago first."""
 
     def score(self, plan: Plan) -> Score:
         """Measure a plan of the teacher's own blocks, the library's, and some cut out of it."""
         started = time.perf_counter()
-        blocks = [self._block(block) for block in plan.blocks]
+        blocks = [self._block(block, plan) for block in plan.blocks]
         loss = composed_loss(self._model, self._family, blocks, self._probe)
         costs = {} if self._meter is None else self._costs(blocks, self._meter)
         return Score(loss, time.perf_counter() - started, costs=costs)
@@ -173,13 +182,44 @@ class Scorer:
         )
         return {"latency": found.latency, "memory": found.memory}
 
-    def _block(self, block: BlockPlan) -> nn.Module:
-        if block.untouched:
-            return self._own[block.span[0]]
+    def _block(self, block: BlockPlan, plan: Plan) -> nn.Module:
+        from trainers.students.surgery import make_block, source_block
+
+        if block.depth_only and block.start in ("first", "middle"):
+            return self._own[source_block(block)]
         if block not in self._loaded:
-            made = self._from_library(block) if block.start == "library" else self._cut(block)
+            self._make_room(block, plan)
+            if block.start == "library":
+                made = self._from_library(block)
+            else:  # as recovery cuts it out of the teacher
+                made = make_block(self._family, self._config, self._own, block)
             self._loaded[block] = made.requires_grad_(False).eval()
+        self._loaded.move_to_end(block)
         return self._loaded[block]
+
+    def _make_room(self, block: BlockPlan, plan: Plan) -> None:
+        """Drop replacements that the plan has not, until there is room for one more and a pass."""
+        if self._free is None:
+            return
+        each = next(self._model.parameters()).element_size()
+        needed = each * self._family.block_parameters(self._config, block) + self._passing()
+        for other in [kept for kept in self._loaded if kept not in plan.blocks]:
+            if self._free() >= needed:
+                return
+            del self._loaded[other]
+
+    def _passing(self) -> int:
+        """Bytes of the largest pass over the probe."""
+        inputs = [chunk.inputs for chunk in self._probe.chunks]
+        return max(
+            passing_memory(
+                self._family,
+                self._config,
+                len(each.noisy_BNC),
+                Pictures(each.noisy_BNC.shape[1], each.embeds_BMD.shape[1]),
+            )
+            for each in inputs
+        )
 
     def _from_library(self, block: BlockPlan) -> nn.Module:
         example = next(self._model.parameters())
@@ -191,13 +231,15 @@ class Scorer:
         module.load_state_dict(weights, assign=True)
         return module
 
-    def _cut(self, block: BlockPlan) -> nn.Module:
-        """As recovery cuts it out of the teacher."""
-        from trainers.students.surgery import make_block, source_block
 
-        if block.depth_only and block.start != "average":
-            return self._own[source_block(block)]
-        return make_block(self._family, self._config, self._own, block)
+def gpu_free() -> int:
+    """Bytes of the GPU that tensors of this process may still take: a tenth stays free."""
+    import torch
+
+    free, whole = torch.cuda.mem_get_info()
+    # What the allocator holds for later is free to tensors.
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(free + held - (1 - USED) * whole)
 
 
 def composed_loss(

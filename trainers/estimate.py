@@ -189,9 +189,16 @@ def library_memory(
         "states": _STATE * (len(edges) * entering + 2 * mapped) * batch_size,
         # Weights in half precision beside a replacement's graph, or a pass of the teacher.
         "activations": max(
-            2 * max(trained) + part * (graph + _SPAN_LOSS * channels), part * _PASSING * channels
+            2 * max(trained) + part * (graph + _SPAN_LOSS * channels),
+            passing_memory(family, config, part, pictures),
         ),
     }
+
+
+def passing_memory(family: Family, config: Config, count: int, pictures: Pictures) -> int:
+    """Bytes of a pass of `count` pictures without a graph, beside the weights, at its fullest."""
+    tokens = pictures.image_tokens + pictures.text_tokens
+    return _PASSING * count * tokens * family.width(config)
 
 
 def library_flops(

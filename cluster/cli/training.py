@@ -125,7 +125,7 @@ def _library(
     if not blocks:
         return None
     try:
-        size, fits = largest_group(family, config, blocks, library, room), True
+        size, fits = largest_group(family, config, blocks, workers, library, room), True
     except LibraryError:
         size, fits = 1, False
     groups = grouped(blocks, workers, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from trainers.data.latents import open_latents
 from trainers.data.shards import EncodedMeta, shard_prefix
 from trainers.evaluate import fidelity_loss
 from trainers.library.library import TENSORS, Library, ReplacementMeta
-from trainers.measure import MeasureConfig, measure_table, measuring_inputs
+from trainers.measure import MeasureConfig, measure_table, measuring_inputs, weight_bytes
 from trainers.probe import ProbeConfig, make_probe
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
@@ -187,7 +188,7 @@ def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -
     opened = bench.open()  # another process, to all intents: the first one made the probe
     opened.score(plan_around(bench.replacements[0][0]))
     merged = BlockPlan(span=(3, 5), start="middle")
-    opened.score(plan_around(merged))
+    as_the_teacher = opened._block(merged, plan_around(merged))
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [
         range(*(int(end, 16) for end in line[0].split("-")))
@@ -197,17 +198,44 @@ def test_the_processes_of_a_node_share_teacher_library_and_probe(bench: Bench) -
     weights = {
         "teacher": next(iter(opened._model.parameters())),
         "library": next(iter(next(iter(opened._loaded.values())).parameters())),
-        "one of the teacher's blocks, for several": next(iter(opened._loaded[merged].parameters())),
+        "one of the teacher's blocks, for several": next(iter(as_the_teacher.parameters())),
         "probe": opened._probe.chunks[0].velocity_BNC,
     }
     for name, tensor in weights.items():
         assert any(tensor.data_ptr() in place for place in mapped), name
 
 
-def plan_around(block: BlockPlan) -> Plan:
-    first, last = block.span
-    alone = [BlockPlan(span=(i, i)) for i in range(6) if not first <= i <= last]
-    blocks = tuple(sorted([*alone, block], key=lambda b: b.span))
+def test_a_gpu_keeps_the_replacements_that_were_asked_for_last(bench: Bench) -> None:
+    opened, blocks = bench.open(), [block for block, _ in bench.replacements]
+    first, second, third = blocks[0], blocks[4], blocks[1]  # of one size
+
+    def free() -> int:
+        size = weight_bytes([opened._own[0]])
+        return 2 * size + scorer._passing() - weight_bytes([*scorer._loaded.values()])
+
+    scorer = Scorer(
+        bench.teacher, opened._model, opened._library, opened._probe, opened.store, free=free
+    )
+    for block in (first, second, first):
+        scorer.score(plan_around(block))
+    assert list(scorer._loaded) == [second, first]
+    weights = [weakref.ref(next(scorer._loaded[block].parameters())) for block in (second, first)]
+    scorer.score(plan_around(third))
+    assert list(scorer._loaded) == [first, third]
+    assert [weight() is None for weight in weights] == [True, False]
+
+    # All of one plan's stay, whether there is room or not.
+    spans = [block for block in blocks if block.span in ((0, 1), (2, 3), (4, 5))]
+    whole = plan_around(*spans)
+    assert scorer.score(whole).fidelity_loss == opened.score(whole).fidelity_loss
+    assert list(scorer._loaded) == spans
+    assert len(opened._loaded) == len(spans)
+
+
+def plan_around(*made: BlockPlan) -> Plan:
+    covered = {i for block in made for i in range(block.span[0], block.span[1] + 1)}
+    alone = [BlockPlan(span=(i, i)) for i in range(6) if i not in covered]
+    blocks = tuple(sorted([*alone, *made], key=lambda b: b.span))
     return Plan(family="qwen_image", teacher_blocks=6, blocks=blocks)
 
 

@@ -17,7 +17,14 @@ from storage.errors import EspalierError
 from storage.manifest import Manifest, all_published, publish, published
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import save_tensors
-from trainers.data.shards import CAPTIONS, TENSORS, EncodedMeta, shard_prefix, shard_prefixes
+from trainers.data.shards import (
+    CAPTIONS,
+    TENSORS,
+    EncodedMeta,
+    ShardMeta,
+    shard_prefix,
+    shard_prefixes,
+)
 from trainers.data.sources import DataConfig, DataError, Unit, list_units, read_unit
 from trainers.placement import Accelerator, Share, share_of
 from trainers.progress import Progress, silent
@@ -77,8 +84,20 @@ def encode(
                     raise DataError(error)
                 finished += count
                 progress.update(finished, total)
-    meta = EncodedMeta(shards=len(units), pictures=total, held_out=config.held_out)
+    tokens = _tokens(store, [shard_prefix(prefix, unit.number) for unit in units])
+    meta = EncodedMeta(shards=len(units), pictures=total, held_out=config.held_out, **tokens)
     return publish(store, prefix, {}, meta.model_dump(mode="json"))
+
+
+def _tokens(store: Store, prefixes: Sequence[str]) -> dict[str, int]:
+    """What an encoding of these shards says of its tokens, or nothing where a shard does not."""
+    manifests = [published(store, prefix) for prefix in prefixes]
+    metas = [ShardMeta.model_validate(manifest.meta) for manifest in manifests if manifest]
+    images = [meta.image_tokens for meta in metas if meta.image_tokens is not None]
+    texts = [meta.text_tokens for meta in metas if meta.text_tokens is not None]
+    if min(len(images), len(texts)) < len(prefixes):
+        return {}
+    return {"image_tokens": images[0], "text_tokens": max(texts)}
 
 
 def _stream(
@@ -170,6 +189,11 @@ class Encoder:
             side = self.config.resolution
             pictures = np.frombuffer(content, np.uint8).reshape(-1, side, side, 3)
             tensors = self.encoders.encode(pictures, captions, self.config.batch_size)
+            _, _, rows, columns = tensors["latents"].shape
+            meta = ShardMeta(
+                image_tokens=(rows // 2) * (columns // 2),
+                text_tokens=int(tensors["mask"].sum(1).max()),
+            )
             publish(
                 self.store,
                 shard_prefix(self.prefix, int(number)),
@@ -177,6 +201,7 @@ class Encoder:
                     TENSORS: save_tensors(tensors),
                     CAPTIONS: json.dumps(captions, ensure_ascii=False).encode(),
                 },
+                meta.model_dump(mode="json"),
             )
         return {"count": [len(captions)], "error": [str(error)]}
 

@@ -20,6 +20,19 @@ class EncodedMeta(Section):
     """All pictures, the held-out ones included."""
     held_out: NonNegativeInt
     """How many of them are kept for fidelity."""
+    image_tokens: PositiveInt | None = None
+    """Of one picture; None where it was not noted when the shards were encoded."""
+    text_tokens: NonNegativeInt | None = None
+    """Of the longest caption; None likewise."""
+
+
+class ShardMeta(Section):
+    """What the manifest of a shard says about it; of those of the first version, nothing."""
+
+    image_tokens: PositiveInt | None = None
+    """Of one picture."""
+    text_tokens: NonNegativeInt | None = None
+    """Of its longest caption."""
 
 
 def shard_prefixes(prefix: str, manifest: Manifest) -> list[str]:

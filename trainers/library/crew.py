@@ -272,9 +272,11 @@ class Crew:
     def _give_up(self, block: BlockPlan, why: str) -> None:
         withdraw(self._store, layout.library_checkpoints(self._prefixes[block]))
         self._steps[block] = steps_of(block, self._config)
+        when = f"between step {self._saved[block]} and its next checkpoint"
+        if block.untrained:
+            when = "while it was measured"
         self.failed[block] = (
-            f"its worker ended {self._losses[block]} times in a row between step "
-            f"{self._saved[block]} and its next checkpoint; the last one {why}"
+            f"its worker ended {self._losses[block]} times in a row {when}; the last one {why}"
         )
         _log.warning("%s failed and is left out: %s", block, self.failed[block])
 

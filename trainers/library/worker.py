@@ -53,7 +53,7 @@ class LibraryWorker:
 
     def steps(self) -> tuple[int, int] | None:
         """From which step the group that is under way went on, and how many are done now; None
-        before training begins."""
+        before its training begins, and between groups."""
         return (self._steps[0], self._steps[-1]) if self._steps else None
 
     def update(self, done: int, total: int, **facts: float | str) -> None:
@@ -66,7 +66,6 @@ class LibraryWorker:
         from trainers.evaluate import replacement_damages
         from trainers.library.train import cut_replacements
 
-        self._steps = []
         made = cut_replacements(self._teacher, self._family, [b for b, _ in group if b.untrained])
         if to_train := {block: prefix for block, prefix in group if not block.untrained}:
             made |= self._trained(to_train)
@@ -75,6 +74,8 @@ class LibraryWorker:
         for block, prefix in group:
             self._publish(prefix, made[block], damages.get(block))
             withdraw(self._store, layout.library_checkpoints(prefix))
+        # Not when the next group begins: whoever asks before that would take these for its steps.
+        self._steps = []
 
     def _trained(self, prefixes: Mapping[BlockPlan, str]) -> dict[BlockPlan, Trained]:
         from trainers.library.checkpoints import Checkpoints

@@ -104,10 +104,10 @@ def train_library(
             progress.update(done, steps, made=made, reused=reused, **facts)
 
         most = config.group
-        # One that is only measured takes less room than one that is trained.
-        if accelerator == "gpu" and steps:
-            room = find_room(store.url, options, encoding, share)
-            most = largest_group(teacher.family, teacher.config, missing, config, room)
+        # One that is only measured also stands on the GPU, cut, until its group is through.
+        if accelerator == "gpu":
+            room = find_room(store, options, encoding, share)
+            most = largest_group(teacher.family, teacher.config, missing, workers, config, room)
         # What a lost worker leaves is grouped anew.
         sized = config.model_copy(update={"group": most})
         crew = Crew(start, workers, store, {b: prefixes[b] for b in missing}, sized)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import JsonValue
 
-from storage.manifest import published, withdraw
+from storage.manifest import MANIFEST, commit, published, withdraw
 from storage.store import Store, open_store
 from trainers.data.encode import encode, encoding_digest
 from trainers.data.latents import open_latents
@@ -81,6 +82,30 @@ def test_a_cut_off_encoding_resumes_without_encoding_a_shard_twice(
         "shard-00001"
     ]
     check_against_the_pipeline(teacher, store, tmp_path / "cache")
+    check_what_is_said_of_tokens(teacher, store, tmp_path / "cache")
+
+
+def check_what_is_said_of_tokens(teacher: Teacher, store: Store, cache: Path) -> None:
+    """The manifest has what opening all shards would tell; of shards that do not say it, nothing,
+    as of those encoded before they did."""
+    latents = open_latents(store, PREFIX, cache)
+    longest = max(int(shard.mask.sum(1).max()) for shard in latents.shards)
+    rows, columns = latents.grid
+    meta = said(store, PREFIX)
+    assert (meta["image_tokens"], meta["text_tokens"]) == (rows * columns, longest)
+
+    first = published(store, shard_prefix(PREFIX, 0))
+    assert first is not None
+    commit(store, shard_prefix(PREFIX, 0), first.files)
+    store.remove(f"{PREFIX}/{MANIFEST}")
+    encode(teacher, CONFIG, store, PREFIX)
+    assert said(store, PREFIX) == {**meta, "image_tokens": None, "text_tokens": None}
+
+
+def said(store: Store, prefix: str) -> dict[str, JsonValue]:
+    manifest = published(store, prefix)
+    assert manifest is not None
+    return manifest.meta
 
 
 def check_against_the_pipeline(teacher: Teacher, store: Store, cache: Path) -> None:

@@ -112,14 +112,16 @@ CUT = BlockPlan(span=(0, 1), start="average")
 PREFIXES = {block: layout.replacement("t", str(i)) for i, block in enumerate([*MANY, CUT])}
 
 
-def light_crew(store: Store, does: Does, size: int = 2, actor: type = Light) -> Crew:
+def light_crew(
+    store: Store, does: Does, size: int = 2, actor: type = Light, config: LibraryConfig = CONFIG
+) -> Crew:
     import ray
 
     def start() -> Any:
         made = ray.remote(actor).options(num_cpus=0.1, max_concurrency=2)
         return made.remote(store.url, does)
 
-    return Crew(start, size, store, PREFIXES, CONFIG)
+    return Crew(start, size, store, PREFIXES, config)
 
 
 @pytest.fixture
@@ -160,6 +162,18 @@ def test_a_replacement_that_ends_every_worker_fails_alone_and_is_named(
     assert told[-1] == (4 * CONFIG.steps, 3, 1)
 
 
+def test_one_that_ends_every_worker_that_measures_it_is_said_to(store: Store):
+    def does(group: Sequence[BlockPlan]) -> None:
+        raise RuntimeError("out of memory")
+
+    crew = light_crew(store, does, size=1)
+    crew.run([[CUT]], lambda *_: None)
+    assert crew.failed == {
+        CUT: "its worker ended 2 times in a row while it was measured; the last one failed with "
+        "RuntimeError: out of memory"
+    }
+
+
 def test_a_group_that_is_too_much_for_a_worker_is_trained_one_by_one(store: Store):
     def does(group: Sequence[BlockPlan]) -> None:
         if len(group) > 1:
@@ -196,15 +210,26 @@ def test_a_worker_that_hangs_is_ended_where_no_other_is_free(store: Store):
 
 
 def test_one_that_only_measures_never_falls_behind(store: Store, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(crews, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(crews, "PATIENCE_SECONDS", 0.0)
+    begun, seen = Path(store.url, "begun"), Path(store.url, "seen")
 
     def does(group: Sequence[BlockPlan]) -> None:
         if CUT in group:
-            time.sleep(3)
+            begun.touch()
+        until = seen if CUT in group else begun
+        while not until.exists():
+            time.sleep(0.05)
 
-    crew = light_crew(store, does)
     told: list[tuple[int, int, int]] = []
-    crew.run([GOOD, [CUT]], lambda *numbers: told.append(numbers))
+
+    def report(done: int, made: int, interrupted: int) -> None:
+        told.append((done, made, interrupted))
+        # By now the other one is free, and this one has been held against it.
+        if made == len(GOOD):
+            seen.touch()
+
+    patient = CONFIG.model_copy(update={"timeout": 300.0})
+    light_crew(store, does, config=patient).run([GOOD, [CUT]], report)
     assert stored(store) == [*GOOD, CUT]
     assert told[-1] == (3 * CONFIG.steps, 4, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from storage.store import open_store
 from tests.trainers.library.setting import BLOCKS, ENCODING, PROBE, put_latents
 from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import open_latents
+from trainers.estimate import Pictures
 from trainers.evaluate import fidelity_loss
+from trainers.library import workers as making
 from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped, work
 from trainers.library.library import (
@@ -21,6 +24,7 @@ from trainers.library.library import (
     ReplacementMeta,
     replacement_prefix,
 )
+from trainers.library.room import Room
 from trainers.library.train import train_replacements
 from trainers.library.worker import LibraryWorker
 from trainers.library.workers import train_library
@@ -88,8 +92,18 @@ def test_replacements_are_trained_once_stored_and_assembled(
 CUT = [BlockPlan(span=(1, 3), start="average"), BlockPlan(span=(4, 4), ffn=0.5)]
 
 
+class Telling(LibraryWorker):
+    """Keeps what it could be heard to say of its steps."""
+
+    told: Sequence[tuple[int, int] | None] = ()
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        super().update(done, total, **facts)
+        self.told = [*self.told, self.steps()]
+
+
 def test_what_is_cut_from_the_teacher_is_measured_like_what_is_trained(teacher: Teacher, url: str):
-    worker = LibraryWorker(teacher, url, None, ENCODING, CONFIG, PROBE, 0, Share(1, 0, 1, "cpu"))
+    worker = Telling(teacher, url, None, ENCODING, CONFIG, PROBE, 0, Share(1, 0, 1, "cpu"))
     trained = BLOCKS[0]
     group = [(block, f"library/t/{i}") for i, block in enumerate([*CUT, trained])]
     worker.train(group)
@@ -108,7 +122,8 @@ def test_what_is_cut_from_the_teacher_is_measured_like_what_is_trained(teacher: 
         manifest = published(store, prefix)
         assert manifest is not None
         assert bool(manifest.files) == (block == trained)
-    assert worker.steps() == (0, CONFIG.steps)
+    assert worker.told == [(0, done) for done in range(CONFIG.steps + 1)]
+    assert worker.steps() is None  # the next group may take none
     metas = [library.meta(block) for block in CUT]
     assert [(meta.loss, meta.training) for meta in metas] == [(None, None)] * 2
 
@@ -126,6 +141,17 @@ def test_what_is_cut_is_measured_once_however_others_are_trained(teacher: Teache
     again = train_library(teacher, CUT, store, ENCODING, longer, probe=PROBE)
     assert (again.trained, again.measured, again.reused) == (0, 0, 2)
     assert again.prefixes == {block: first.prefixes[block] for block in CUT}
+
+
+def test_what_is_only_measured_is_bounded_by_the_room_too(
+    teacher: Teacher, url: str, monkeypatch: pytest.MonkeyPatch
+):
+    groups: list[list[BlockPlan]] = []
+    monkeypatch.setattr(making, "share_of", lambda *_: Share(1, 1, 1, "cuda"))
+    monkeypatch.setattr(making, "find_room", lambda *_: Room(1, Pictures(16, 4)))
+    monkeypatch.setattr(making.Crew, "run", lambda _, given, report: groups.extend(given))
+    train_library(teacher, CUT, open_store(url), ENCODING, CONFIG, accelerator="gpu")
+    assert groups == [[block] for block in CUT]
 
 
 def test_a_failed_replacement_is_told_and_not_tried_again(teacher: Teacher, url: str):
