@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from storage.digest import digest_json
@@ -91,7 +93,8 @@ def encode(
 
 def _tokens(store: Store, prefixes: Sequence[str]) -> dict[str, int]:
     """What an encoding of these shards says of its tokens, or nothing where a shard does not."""
-    manifests = [published(store, prefix) for prefix in prefixes]
+    with ThreadPoolExecutor(16) as pool:
+        manifests = list(pool.map(partial(published, store), prefixes))
     metas = [ShardMeta.model_validate(manifest.meta) for manifest in manifests if manifest]
     images = [meta.image_tokens for meta in metas if meta.image_tokens is not None]
     texts = [meta.text_tokens for meta in metas if meta.text_tokens is not None]
