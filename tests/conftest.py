@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,10 @@ import pytest
 
 from tests.trainers.small import local_ray
 from trainers.teacher import Teacher, open_teacher
+
+# A shell script that runs the tests in the background lets them ignore it, and with them all the
+# processes that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.hub", "tests.postgres", "tests.s3"]
 
