@@ -19,7 +19,7 @@ less by p; so every peak is tried, and there are as few as there are shapes of b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,15 +115,15 @@ def best_partitions(
     `outside` is what no piece costs. Fewer come back when fewer exist. Raises BudgetError when none
     fits, naming the smallest.
     """
-    least = smallest(pieces, teacher_blocks, outside)
-    if least > limit:
-        raise BudgetError(
-            f"no plan costs at most {limit:,}; the smallest reachable costs {least:,}"
-        )
     found: dict[tuple[BlockPlan, ...], Partition] = {}
     for peak, some in _by_peak(pieces):
         for partition in _best(some, teacher_blocks, outside, limit - peak, count):
             found[partition.blocks] = _with_peak(partition, pieces)
+    if not found:
+        raise BudgetError(
+            f"no plan costs at most {limit:,}; the smallest reachable costs "
+            f"{smallest(pieces, teacher_blocks, outside):,}"
+        )
     return sorted(found.values(), key=lambda p: (p.damage, p.cost))[:count]
 
 
@@ -228,44 +228,55 @@ def _forward(
     """Surviving labels by how many blocks they cover, each list sorted by cost; with a price,
     only those that may end within the margin of its bound."""
     rest = _least_after(steps)
-    reached = [_START]
+    reached: list[_Labels] = []
+    # Of the labels that cover so many blocks, the least damage and priced cost.
+    priced: list[float] = []
+    most = math.inf
+    if room is not None and price is not None:
+        most = price.bound + price.unit * room + margin
+        most += 1e-9 * abs(most)
 
     def hopeful(covered: int, cost: NDArray[np.int64], damage: NDArray[np.float64]) -> _Mask:
         fits = cost + rest[covered] <= (math.inf if room is None else room)
-        if room is None or price is None:
+        if price is None:
             return fits
-        total = damage + price.unit * cost + price.rest[covered]
-        most = price.bound + price.unit * room + margin
-        return fits & (total <= most + 1e-9 * abs(most))
+        return fits & (damage + price.unit * cost + price.rest[covered] <= most)
 
-    for covered in range(1, len(steps) + 1):
-        labels = _joined(list(_extended(steps, reached, covered, hopeful)))
-        reached.append(_survivors(labels, count))
-    return reached
+    def extended(covered: int) -> Iterator[_Labels]:
+        """Every hopeful label by one step, where that covers so many blocks."""
+        for first, number, step in arriving[covered]:
+            if price is not None:
+                # In another order of additions than in `hopeful`, hence the slack.
+                least = priced[first] + step.damage + price.unit * step.cost + price.rest[covered]
+                if least > most + 1e-9 * abs(most):
+                    continue
+            labels = reached[first]
+            cost = labels.cost + step.cost
+            damage = labels.damage + step.damage
+            before = np.flatnonzero(hopeful(covered, cost, damage))
+            if len(before):
+                yield _Labels(
+                    cost[before],
+                    damage[before],
+                    np.full(len(before), first),
+                    np.full(len(before), number),
+                    before,
+                )
 
+    def reach(labels: _Labels) -> None:
+        reached.append(labels)
+        if price is not None:
+            totals = labels.damage + price.unit * labels.cost
+            priced.append(float(totals.min(initial=math.inf)))
 
-def _extended(
-    steps: _Steps,
-    reached: list[_Labels],
-    covered: int,
-    hopeful: Callable[[int, NDArray[np.int64], NDArray[np.float64]], _Mask],
-) -> Iterator[_Labels]:
-    """Every hopeful label by one step, where that covers so many blocks."""
-    for first, starting in enumerate(steps[:covered]):
-        labels = reached[first]
+    arriving: list[list[tuple[int, int, _Step]]] = [[] for _ in range(len(steps) + 1)]
+    for first, starting in enumerate(steps):
         for number, step in enumerate(starting):
-            if step.end == covered:
-                cost = labels.cost + step.cost
-                damage = labels.damage + step.damage
-                before = np.flatnonzero(hopeful(covered, cost, damage))
-                if len(before):
-                    yield _Labels(
-                        cost[before],
-                        damage[before],
-                        np.full(len(before), first),
-                        np.full(len(before), number),
-                        before,
-                    )
+            arriving[step.end].append((first, number, step))
+    reach(_START)
+    for covered in range(1, len(steps) + 1):
+        reach(_survivors(_joined(list(extended(covered))), count))
+    return reached
 
 
 def _joined(parts: list[_Labels]) -> _Labels:
