@@ -32,6 +32,7 @@ class Unfinished:
 
     def resume(self) -> int:
         """Takes the parts and the generator to where they were; the step to do next."""
+        # Tensors and plain containers only: no object of a file's own choice is made.
         kept = torch.load(self.file, weights_only=True) if self.file.exists() else None
         if kept is None or kept["steps"] != self.steps:  # of another length, by other rates
             return 0
