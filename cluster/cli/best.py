@@ -69,10 +69,21 @@ def get(
     Example: espalier best get 50pct --out half
     """
     with endings():
-        from storage.manifest import fetch
+        from storage.manifest import fetch, published
 
         store = _open(storage)
-        fetch(store, _best_model(store, budget), out)
+        prefix = _best_model(store, budget)
+        manifest = published(store, prefix)
+        files = manifest.files if manifest else {}
+        for file in sorted(out.rglob("[!.]*")):
+            name = file.relative_to(out).as_posix()
+            if file.is_file() and name not in files:
+                # Shards of another model with their index would be loaded in place of this one.
+                raise EspalierError(
+                    f"--out {out}: holds {name}, which the best at {budget} does not have; give an "
+                    "empty or a new folder"
+                )
+        fetch(store, prefix, out, manifest)
         print(f"{out}: the best at {budget}")
 
 
@@ -123,7 +134,14 @@ def rm(
         from storage.registry import show_best, withdraw_entry
 
         store = _open(storage)
+        if not plan:
+            raise EspalierError("--plan: is empty; give a digest, as `espalier best ls` does")
         chosen = [entry for entry in ranked(store, budget) if entry.plan_digest.startswith(plan)]
+        if len(plans := {entry.plan_digest: None for entry in chosen}) > 1:
+            raise EspalierError(
+                f"--plan {plan}: {len(plans)} plans at {budget} begin so, {', '.join(plans)}; give "
+                "more of one"
+            )
         if not chosen:
             # A removal that was cut off may have left the copy of the best as it was.
             show_best(store, budget)

@@ -83,6 +83,20 @@ def test_fetches_and_verifies(store: Store, tiny_pipeline: Path, tmp_path: Path)
     assert f"loads with {whole:,} parameters" in shown.stdout
 
 
+def test_a_folder_with_another_models_files_is_left_alone(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    index = out / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text("{}")
+    refused = espalier("get", "50pct", "--out", out, "--storage", store.url)
+    assert refused.exit_code == 1
+    assert "holds transformer/diffusion_pytorch_model.safetensors.index.json" in refused.stderr
+    assert [file for file in out.rglob("*") if file.is_file()] == [index]
+    index.unlink()
+    for _ in range(2):  # its own files may be there already
+        assert espalier("get", "50pct", "--out", out, "--storage", store.url).exit_code == 0
+
+
 def test_an_altered_file_is_named(store: Store, tmp_path: Path) -> None:
     key = f"{BEST}/model_index.json"
     store.write(key, b"{}")
@@ -100,7 +114,8 @@ def test_a_damaged_entry_is_passed_over_and_fails_the_check(
     shown = espalier("ls", "--storage", store.url)
     assert len(shown.stdout.splitlines()) == 2
     assert f"{key}: not a registry entry" in caplog.text
-    assert espalier("get", "50pct", "--out", tmp_path, "--storage", store.url).exit_code == 0
+    fetched = espalier("get", "50pct", "--out", tmp_path / "out", "--storage", store.url)
+    assert fetched.exit_code == 0
     checked = espalier("verify", "50pct", "--storage", store.url)
     assert checked.exit_code == 1
     assert "as published" in checked.stdout
@@ -128,6 +143,18 @@ def test_removes_one_model_after_asking(store: Store) -> None:
     gone = espalier("rm", "50pct", "--plan", "bbbb", "--storage", store.url, "--yes")
     assert gone.exit_code == 1
     assert "has a plan bbbb" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"), [("", "--plan: is empty"), ("a", "2 plans at 50pct begin so, aaaa, abcd")]
+)
+def test_several_models_are_never_removed_at_once(store: Store, plan: str, said: str) -> None:
+    (first,) = (entry for entry in entries(store) if entry.plan_digest == "aaaa")
+    add(store, first.model_copy(update={"plan_digest": "abcd", "model": None}))
+    refused = espalier("rm", "50pct", "--plan", plan, "--storage", store.url, "--yes")
+    assert refused.exit_code == 1
+    assert said in refused.stderr
+    assert len(entries(store)) == 4
 
 
 def test_a_removal_that_was_cut_off_is_finished_by_another(store: Store) -> None:
