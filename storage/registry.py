@@ -143,12 +143,15 @@ def show_best(store: Store, budget: str) -> str | None:
     )
 
 
-def keep_best(store: Store, budget: str, teacher: str, count: int) -> list[Entry]:
-    """Remove all but the best `count` models of a budget and teacher; the entries that went."""
+def keep_best(
+    store: Store, budget: str, teacher: str, count: int, made: str | None = None
+) -> list[Entry]:
+    """Remove all but the best `count` models of a budget and teacher, and that at `made`, which its
+    maker has yet to be told of; the entries that went."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     mine = [entry for entry in entries(store, budget) if entry.teacher == teacher]
-    beyond = sorted(mine, key=rank)[count:]
+    beyond = [e for e in sorted(mine, key=rank)[count:] if made is None or e.model != made]
     for entry in beyond:
         withdraw_entry(store, entry)
     return beyond

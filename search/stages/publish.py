@@ -77,7 +77,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         )
         register(sweep.store, sweep.teacher, sweep.name, finalist)
         if sweep.config.keep_models is not None:
-            keep_best(sweep.store, budget, sweep.teacher.digest, sweep.config.keep_models)
+            keep_best(sweep.store, budget, sweep.teacher.digest, sweep.config.keep_models, prefix)
         if show_best(sweep.store, budget) == prefix:
             prefix = layout.best(budget)
         students[budget] = {"finalist": finalist.prefix, "prefix": prefix}

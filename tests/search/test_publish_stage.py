@@ -244,7 +244,12 @@ def test_only_the_best_models_stay_when_asked(sweep: Sweep) -> None:
         )  # fmt: skip
         publish(sweep.store, f"models/60pct/{number}", {"model_index.json": b"{}"})
         registry.add(sweep.store, entry)
-    one = sweep.config.model_copy(update={"keep_models": 1})
-    run_stage(stage_named("publish"), Sweep(one, sweep.store, sweep.teacher), silent())
-    (left,) = registry.entries(sweep.store, "60pct")
-    assert {key.split("/")[2] for key in sweep.store.keys("models")} == {left.model.split("/")[2]}
+    one = Sweep(sweep.config.model_copy(update={"keep_models": 1}), sweep.store, sweep.teacher)
+    run_stage(stage_named("publish"), one, silent())
+    left = registry.entries(sweep.store, "60pct")
+    (told,) = results(one)["students"]
+    # The best one, and what this sweep tells of, which is no better.
+    assert [entry.plan_digest for entry in left] == ["0", told["plan"]]
+    there = {entry.model.split("/")[2] for entry in left if entry.model}
+    assert there == {"0", told["url"].rpartition("/")[2]}
+    assert {key.split("/")[2] for key in sweep.store.keys("models")} == there

@@ -210,6 +210,7 @@ def test_the_best_models_are_kept(store):
     for one in made:
         publish(store, one.model, {"w": b"1"})
         add(store, one)
+    assert keep_best(store, "10B", "t", 2, made=made[2].model) == []
     assert keep_best(store, "10B", "t", 2) == [made[2]]
     assert entries(store) == [made[0], made[1], made[3]]
     assert {key.split("/")[2] for key in store.keys("best")} == {"a", "b", "d"}
