@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from search.budget import Currency
 from search.report.canvas import Drawing, Theme, axes, figure, label, legend, plain_log
 from search.report.data import BudgetFacts, ReportData, TrialFacts
 from search.report.words import loss
@@ -29,15 +30,18 @@ def origins(trials: Iterable[TrialFacts]) -> list[str]:
     return sorted({trial.origin for trial in trials}, key=lambda o: (o not in MARKERS, o))
 
 
-def best_so_far(trials: Sequence[TrialFacts], limit: float) -> list[tuple[int, float]]:
-    """(trial number, lowest fidelity loss up to it) over the trials of at most `limit` parameters.
+def best_so_far(
+    trials: Sequence[TrialFacts], limit: float, currency: Currency = "parameters"
+) -> list[tuple[int, float]]:
+    """(trial number, lowest fidelity loss up to it) over the trials that cost at most `limit`.
 
     The last point repeats the lowest loss at the last trial, so that the line reaches the end.
     """
     line: list[tuple[int, float]] = []
     for trial in sorted(trials, key=lambda trial: trial.number):
-        value = trial.fidelity_loss
-        if value is not None and trial.parameters <= limit and (not line or value < line[-1][1]):
+        value, amount = trial.fidelity_loss, trial.amount(currency)
+        fits = limit == math.inf or (amount is not None and amount <= limit)
+        if value is not None and fits and (not line or value < line[-1][1]):
             line.append((trial.number, value))
     if line:
         line.append((max(trial.number for trial in trials), line[-1][1]))
@@ -65,10 +69,11 @@ def history_drawing(data: ReportData) -> Drawing:
 
 
 def _best_within(data: ReportData, budget: BudgetFacts) -> list[tuple[int, float]]:
-    if budget.limit is None or budget.currency != "parameters":  # what was proposed for it
-        own = [trial for trial in data.trials if trial.budget == budget.label]
-        return best_so_far(own, math.inf)
-    return best_so_far(data.trials, budget.limit)
+    trials = data.trials
+    if budget.currency != "parameters":  # measured of what was proposed for it
+        trials = tuple(trial for trial in trials if trial.budget == budget.label)
+    limit = math.inf if budget.limit is None else budget.limit
+    return best_so_far(trials, limit, budget.currency)
 
 
 def _won(data: ReportData) -> str:

@@ -19,7 +19,7 @@ from search.report.canvas import DARK, LIGHT
 from search.report.choices import FEWEST_RANKED, importances, plans_of, schedules_of
 from search.report.data import BudgetFacts, FinalistFacts, ReportData, kept, tier_pairs
 from search.report.figures import drawings, spread
-from search.report.history import best_so_far
+from search.report.history import best_so_far, history_drawing
 from search.report.loading import loading
 from search.report.page import LARGEST_PICTURE, judge_table, picture_url, render, write_report
 from search.report.plan_picture import in_words, plan_drawing, plan_png, rows
@@ -212,6 +212,15 @@ def test_best_so_far_falls_only_within_the_budget() -> None:
     assert best_so_far(trials, 700_000) == [(1, 0.4), (3, 0.4)]
     assert best_so_far(trials, 1_000_000) == [(0, 0.2), (3, 0.2)]
     assert best_so_far(trials, 1) == []
+
+
+def test_no_plan_beyond_its_budget_is_called_the_best() -> None:
+    data = measured()
+    trials = tuple(dataclasses.replace(trial, budget="700us") for trial in data.trials)
+    budget = BudgetFacts(label="700us", asked="700us", limit=700, currency="latency")
+    said = history_drawing(dataclasses.replace(data, trials=trials, budgets=(budget,))).alt
+    # Trial 0 has the lower loss and takes 900.
+    assert "Best found: 700us by uniform at trial 1." in said
 
 
 def test_a_sweep_with_enough_trials_shows_what_good_ones_have_in_common(tmp_path: Path) -> None:
