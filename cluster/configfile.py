@@ -54,6 +54,7 @@ def load_config(path: Path, settings: Sequence[str], section: type[Model]) -> Mo
     document = read_yaml(path)
     for setting in settings:
         apply_setting(document, setting)
+    drop_empty(document, section)
     try:
         return section.model_validate(document)
     except ValidationError as error:
@@ -96,7 +97,7 @@ def apply_setting(document: dict[str, Any], setting: str) -> None:
     *parents, last = key.strip().split(".")
     place = document
     for parent in parents:
-        below = place.setdefault(parent, {})
+        below = place[parent] = {} if place.get(parent) is None else place[parent]
         if not isinstance(below, dict):
             raise ConfigError(f"--set {setting}: `{parent}` is not a section")
         place = below
@@ -104,6 +105,18 @@ def apply_setting(document: dict[str, Any], setting: str) -> None:
         place[last] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting}: the value is not valid YAML") from error
+
+
+def drop_empty(document: dict[str, Any], section: type[BaseModel]) -> None:
+    """Takes out sections of which nothing is said, all of whose lines are comments say."""
+    for name, field in section.model_fields.items():
+        below = field.annotation
+        if not (isinstance(below, type) and issubclass(below, BaseModel)):
+            continue
+        if name in document and document[name] is None and not field.is_required():
+            del document[name]
+        elif isinstance(document.get(name), dict):
+            drop_empty(document[name], below)
 
 
 def sentence(problem: ErrorDetails, section: type[BaseModel]) -> str:

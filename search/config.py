@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from search.analyse import AnalyseConfig
 from search.budget import Budget, Currency
@@ -15,6 +15,7 @@ from search.tracking.config import TrackConfig
 from search.trials import SearchConfig
 from storage.section import Section
 from storage.store import StoreOptions
+from storage.urls import address
 from trainers.data.sources import DataConfig
 from trainers.library.config import LibraryConfig
 from trainers.measure import MeasureConfig
@@ -27,12 +28,12 @@ class SweepConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """Names the sweep's folder in the storage: up to 100 letters, digits, `.`, `_`, `-`."""
 
-    teacher: str
+    teacher: Annotated[str, AfterValidator(address)]
     """The model to compress: a diffusers pipeline folder, a name on the Hugging Face hub, as
     `owner/model` or `owner/model@revision`, or the URL of a published one, whose weights are then
     read by range."""
 
-    storage: str = "runs"
+    storage: Annotated[str, AfterValidator(address)] = "runs"
     """Where everything is kept: a folder, `file:///folder` or `s3://bucket/prefix`."""
 
     store: StoreOptions = StoreOptions()
@@ -80,8 +81,8 @@ class SweepConfig(Section):
     """Which trackers are told what the stages found: TensorBoard, MLflow."""
 
     keep_models: PositiveInt | None = None
-    """Published models of each budget that stay, the best ones; others go once a better one is
-    published. null keeps all."""
+    """Published models of each budget that stay when this sweep publishes: so many of the best, and
+    its own. null keeps all."""
 
     @model_validator(mode="after")
     def _budgets_differ(self) -> Self:
@@ -110,6 +111,15 @@ class SweepConfig(Section):
     def _a_plan_has_one_size(self) -> Self:
         if self.plan is not None and len(self.budgets) > 1:
             raise ValueError("budgets: a given plan has one size; give one budget, or no plan")
+        return self
+
+    @model_validator(mode="after")
+    def _every_budget_has_a_trial(self) -> Self:
+        if self.plan is None and self.search.trials < len(self.budgets):
+            raise ValueError(
+                f"search.trials: {self.search.trials} for {len(self.budgets)} budgets; each needs "
+                "a plan of its own, so give at least as many"
+            )
         return self
 
     @model_validator(mode="after")

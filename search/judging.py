@@ -6,9 +6,9 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from storage.manifest import publish, published, read_bytes, read_json
 from storage.section import Section
@@ -34,8 +34,9 @@ class JudgeConfig(Section):
     per_family: PositiveInt = 20
     """Captions of each of the task's families that a model is judged on."""
 
-    steps: PositiveInt = 20
-    """Denoising steps of a picture."""
+    steps: Annotated[int, Field(ge=2)] = 20
+    """Denoising steps of a picture. At least 2: a schedule with a terminal shift has no single
+    one."""
 
     seed: NonNegativeInt = 0
     """Every model draws a caption from the same noise, which follows from this."""

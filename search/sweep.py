@@ -27,6 +27,7 @@ from storage.section import Section
 from storage.store import Store, open_store
 from trainers.data.encode import encoding_digest
 from trainers.measure import Table, variant
+from trainers.schedule import NOTHING_REPLACED
 from trainers.students.counts import plan_parameters
 from trainers.students.families.base import check_plan
 from trainers.students.plan import BlockPlan, Plan, PlanError, Start, identity_plan
@@ -290,6 +291,9 @@ def _check_plan(plan: Plan, sweep: Sweep) -> None:
         check_plan(sweep.teacher.family, sweep.teacher.config, plan)
     except PlanError as error:
         raise SweepError(f"plan: {error}") from error
+    phases = sweep.config.recover.space.phases
+    if plan.untouched and any(phase.train == "replacements" for phase in phases):
+        raise SweepError(f"recover.space.phases: {NOTHING_REPLACED}")
 
 
 def _check_owner(sweep: Sweep, prefix: str, what: str, remedy: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, Literal, NamedTuple, Protocol
+from typing import Annotated, BinaryIO, Literal, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
-from pydantic import PositiveFloat
+from pydantic import AfterValidator, PositiveFloat
 
 from storage.errors import StoreError
 from storage.section import Section
+from storage.urls import address
 
 
 class StoreOptions(Section):
@@ -18,7 +19,7 @@ class StoreOptions(Section):
     Credentials are never among them: they come from the AWS environment variables or files.
     """
 
-    endpoint: str | None = None
+    endpoint: Annotated[str, AfterValidator(address)] | None = None
     """Address of an S3-compatible server; null leaves it to AWS_ENDPOINT_URL, then to AWS."""
     region: str | None = None
     """Region of the bucket; null leaves it to AWS_REGION or AWS_DEFAULT_REGION."""

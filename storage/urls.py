@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 _PASSWORD = re.compile(
-    r"[^/]+://[^/@]*:[^/@]+@"  # user:password@host
+    r"://[^:/@]*:(?!\d{1,5}/)[^@]*@"  # user:password@host; a port ends at the path
     r"|https?://[^/@]+@"  # token@host
-    r"|[?&](password|passwd|pwd|token|access_token)=",
+    r"|[?&][^=&]*(password|passwd|pwd|token|secret|signature|credential|api_?key)[^=&]*="
+    r"|[?&]sig=",
     re.IGNORECASE,
 )
 
@@ -18,3 +19,10 @@ def without_password(url: str, instead: str) -> str:
     if _PASSWORD.search(url):
         raise ValueError(f"a password does not belong into a configuration; {instead}")
     return url
+
+
+def address(url: str) -> str:
+    """The URL of a store, a server or data itself; ValueError when it holds a password or token."""
+    return without_password(
+        url, "leave it to the variables and files of the store, such as AWS_SECRET_ACCESS_KEY"
+    )

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
-from storage.errors import EspalierError
 from storage.section import Section
+from trainers.data.sources import of_whole_tokens
 from trainers.students.families.base import Config, Family, Inputs, State
 from trainers.students.plan import BlockPlan, Plan
 
@@ -33,16 +33,12 @@ IN_A_ROW = 8
 queue does not run dry, and what else a machine does meets them as it meets a whole model."""
 
 
-class MeasureError(EspalierError):
-    """Something that cannot be measured as it was asked for."""
-
-
 class MeasureConfig(Section):
     """On what latency and peak memory are measured: forward passes of the transformer, one
     denoising step each, in the teacher's dtype, with the longest caption of the data. Latency is
     the mean over all resolutions and batch sizes, memory the largest."""
 
-    resolutions: tuple[PositiveInt, ...] = ()
+    resolutions: tuple[Annotated[PositiveInt, AfterValidator(of_whole_tokens)], ...] = ()
     """Pixels a side of the pictures; none stands for data.resolution."""
 
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
@@ -97,10 +93,7 @@ def measuring_inputs(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> list[Inputs]:
-    """A batch of noise for every resolution and batch size. `resolution` is that of the latents.
-
-    MeasureError names a resolution that does not consist of whole tokens.
-    """
+    """A batch of noise for every resolution and batch size. `resolution` is that of the latents."""
     import torch
 
     from trainers.flow import pack
@@ -113,10 +106,6 @@ def measuring_inputs(
     channels, token = shard.latents.shape[1], resolution // rows
     made = []
     for size in settings.resolutions or (resolution,):
-        if size % token:
-            raise MeasureError(
-                f"measure.resolutions: {size} is not a multiple of {token}, the pixels of a token"
-            )
         grid = (size // token, size * columns // rows // token)
         for count in settings.batch_sizes:
             noise_BCHW = torch.randn(count, channels, 2 * grid[0], 2 * grid[1])

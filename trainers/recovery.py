@@ -27,7 +27,7 @@ from trainers.data.latents import Latents, shares, training_inputs
 from trainers.distilled import Distilled, Observed, detached, joined, local
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
 from trainers.optimizer import make_optimizer, moments, placed, rate_at, set_moments, set_rate
-from trainers.schedule import Phase, Schedule, StepConfig
+from trainers.schedule import NOTHING_REPLACED, Phase, Schedule, StepConfig
 from trainers.students.families.base import Inputs, State
 
 Mean = Callable[[Tensor], Tensor]
@@ -292,10 +292,7 @@ def set_trainable(student: Distilled, phase: Phase) -> None:
         student.requires_grad_(True)
         return
     if not student.replaced:
-        raise RecoveryError(
-            "the plan replaces no block, so there is no replacement to train; set train: all with "
-            "another loss, or ask for a smaller budget"
-        )
+        raise RecoveryError(NOTHING_REPLACED)
     student.requires_grad_(False)
     for replaced in student.replaced:
         student.blocks[replaced.place].requires_grad_(True)

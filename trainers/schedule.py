@@ -24,6 +24,12 @@ Loss = Literal["span", "velocity", "diffusion"]
 Trained = Literal["replacements", "all"]
 Number = TypeVar("Number", int, float)
 
+NOTHING_REPLACED = (
+    "the plan replaces no block, so there is no replacement to train; set train: all with another "
+    "loss, or ask for a smaller budget"
+)
+"""What is wrong with a phase that trains replacements, and a plan of untouched blocks."""
+
 
 class PhaseBase(Section):
     """What a phase and a space of phases share."""

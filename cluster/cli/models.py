@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ Model = Annotated[
         metavar="MODEL",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Fixes the noise that pictures start from.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.", min=1)]
+Seed = Annotated[int, typer.Option(help="Fixes the noise that pictures start from.", min=0)]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", min=2)]
 Size = Annotated[
     int | None,
     typer.Option(
@@ -168,9 +169,9 @@ def check_size(size: int | None) -> None:
 
 def parse_span(text: str) -> tuple[int, int]:
     """The span that `3-4` or `58` names."""
-    first, dash, last = text.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
+    if not re.fullmatch(r"[0-9]+(-[0-9]+)?", text):
         raise ModelError(f"--restore {text}: not a span; write it as 3-4, or 58 for one block")
+    first, _, last = text.partition("-")
     return int(first), int(last or first)
 
 

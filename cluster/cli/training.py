@@ -22,6 +22,7 @@ from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped
 from trainers.library.library import LibraryError
 from trainers.library.room import Room, largest_group
+from trainers.schedule import NOTHING_REPLACED
 from trainers.students.families import family_named
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def describe_training(
     gpu = GPUS[kind]
     recover, library, library_workers, resolution = settings_of(path)
     schedule = recover.space.schedule(recover.space.middle())
+    if any(phase.train == "replacements" for phase in schedule.phases) and plan.untouched:
+        raise TrainingError(f"recover.space.phases: {NOTHING_REPLACED}")
     workers = gpus or recover.range[1]
     pictures = Pictures.of(resolution, text_tokens)
     run = Run(

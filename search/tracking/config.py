@@ -20,6 +20,11 @@ def _folder(value: str) -> str:
 
 
 def _tracking_uri(value: str) -> str:
+    without_password(
+        value,
+        "leave it to MLflow's own variables, MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
+    )
     if not re.match(
         r"databricks$|databricks(-uc)?://|https?://|(sqlite|postgresql|mysql|mssql)", value
     ):
@@ -27,11 +32,7 @@ def _tracking_uri(value: str) -> str:
             f"{value}: not a tracking URI; write http://host:port, or sqlite:///file.db without a "
             "server (MLflow has given up folders)"
         )
-    return without_password(
-        value,
-        "leave it to MLflow's own variables, MLFLOW_TRACKING_USERNAME and "
-        "MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
-    )
+    return value
 
 
 class TrackConfig(Section):

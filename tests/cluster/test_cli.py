@@ -376,6 +376,32 @@ def test_status_of_a_sweep_that_has_not_begun(tmp_path: Path, tiny_pipeline: Pat
     assert said["registry"] == []
 
 
+def test_training_nothing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(identity_plan("qwen_image", 60).to_json())
+    done = espalier("plan", path, "--train")
+    assert done.exit_code == 1
+    assert "the plan replaces no block" in done.stderr
+
+
+def test_a_sweep_of_a_plan_that_replaces_nothing_is_refused_at_once(
+    tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    plan = identity_plan("qwen_image", 6).to_json()
+    settings = "--set", f"plan={json.dumps(json.loads(plan))}", "--set", "budgets=[100%]"
+    done = espalier("status", sweep_file(tmp_path, tiny_pipeline), *settings)
+    assert done.exit_code == 1
+    assert "recover.space.phases: the plan replaces no block" in done.stderr
+
+
+@pytest.mark.parametrize("span", ["²", "3-", "-4", "3-4-5", "a"])
+def test_a_span_that_is_none_is_named(tmp_path: Path, span: str) -> None:
+    given = ("--restore", span, "--teacher", tmp_path, "--out", tmp_path / "out")
+    done = espalier("plug", tmp_path, *given)
+    assert done.exit_code == 1
+    assert f"--restore {span}: not a span" in done.stderr
+
+
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     done = espalier("generate", tmp_path / "absent", "--prompt", "a red circle")
     assert done.exit_code == 1

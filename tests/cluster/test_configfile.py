@@ -76,6 +76,10 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
             "recover.workers=[3, 2]",
             "sweep.yaml: recover.workers: [3, 2] is reversed; write the fewest first",
         ),
+        ("measure.resolutions=[64, 70]", "measure.resolutions[1]: must be a multiple of 16"),
+        ("data.resolution=70", "data.resolution: must be a multiple of 16"),
+        ("judge.steps=1", "judge.steps: must be at least 2, got 1"),
+        ("search.trials=1", "search.trials: 1 for 2 budgets; each needs a plan of its own"),
         ("data.held_out=9999", "9999 of 1500 pictures leave none to train on"),
         ("budgets=[50%, 0.5]", "budgets: 50pct is asked for twice; remove one"),
         ("budgets=[lots]", "sweep.yaml: budgets[0]: 'lots': not a size"),
@@ -85,6 +89,47 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
 )
 def test_a_wrong_field_is_named(tmp_path: Path, setting: str, said: str) -> None:
     assert said in complaint(tmp_path, GOOD, setting)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hidden@bucket/prefix",
+        "https://user:hidden@host/pictures.tar",
+        "https://user:hid/den@host/pictures.tar",
+        "https://hidden@host",
+        "https://host/pictures.tar?X-Amz-Signature=hidden",
+        "https://host/pictures.tar?sv=1&sig=hidden",
+        "https://host/pictures.tar?api_key=hidden",
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["teacher", "storage", "store.endpoint", "data.path", "search.study", "track.mlflow"]
+)
+def test_a_credential_is_refused_and_not_shown(tmp_path: Path, key: str, url: str) -> None:
+    said = complaint(tmp_path, GOOD, f"{key}={url}")
+    assert f"sweep.yaml: {key}: a password does not belong" in said
+    assert "hid" not in said
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/a:b@c",
+        "http://127.0.0.1:9000",
+        "https://host:9000/a@b",
+        "owner/model@v1.0",
+        "https://host/x.tar?versionId=1&key=2",
+    ],
+)
+def test_an_address_without_a_credential_is_taken(tmp_path: Path, url: str) -> None:
+    assert load(tmp_path, GOOD, f"data.path={url}").data.path == url
+
+
+def test_a_section_of_comments_alone_is_as_if_left_out(tmp_path: Path) -> None:
+    text = GOOD + "search:\n  # trials: 5\nmeasure:\n"
+    assert load(tmp_path, text) == load(tmp_path, GOOD)
+    assert load(tmp_path, text, "search.probe.pictures=3").search.probe.pictures == 3
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from tests.trainers.small import small_latents
 from tests.trainers.students.tiny import BLOCKS, FAMILY_TEACHERS, Tiny, plans
 from trainers.measure import (
     MeasureConfig,
-    MeasureError,
     Table,
     live_bytes,
     measure_beside,
@@ -127,5 +126,3 @@ def test_inputs_are_of_every_size_with_the_longest_caption() -> None:
     ]  # fmt: skip
     longest = max(int(shard.mask.sum(dim=1).max()) for shard in latents.shards)
     assert {i.embeds_BMD.shape[1] for i in made} == {longest}
-    with pytest.raises(MeasureError, match="70 is not a multiple of 16"):
-        measuring_inputs(latents, 64, MeasureConfig(resolutions=(70,)), "cpu", torch.float32)

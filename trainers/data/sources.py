@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, model_validator
 
 from storage.errors import EspalierError
 from storage.section import Section
+from storage.urls import address
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,17 @@ class DataError(EspalierError):
     """Pictures and captions that cannot be used as they are."""
 
 
+def of_whole_tokens(resolution: int) -> int:
+    """The pixels a side themselves; ValueError when they are no whole tokens."""
+    if resolution % TOKEN:
+        below = resolution - resolution % TOKEN
+        raise ValueError(
+            f"must be a multiple of {TOKEN}, the pixels of a token, got {resolution}; set "
+            f"{below or TOKEN} or {below + TOKEN}"
+        )
+    return resolution
+
+
 class DataConfig(Section):
     """The pictures and captions that students learn from."""
 
@@ -43,7 +55,7 @@ class DataConfig(Section):
     """`shapes` draws its own; `folder` holds pictures with a caption file beside each; `parquet`
     files have a picture and a caption column; `webdataset` is tar files of such pairs."""
 
-    path: str | None = None
+    path: Annotated[str, AfterValidator(address)] | None = None
     """Folder of the source, local or a URL that fsspec opens; not used by `shapes`. In S3 it is
     reached as `store` says. An encoding is named by this configuration: give changed content
     another path."""
@@ -63,7 +75,7 @@ class DataConfig(Section):
     held_out: NonNegativeInt = 48
     """Pictures that no training sees: fidelity is measured on them."""
 
-    resolution: PositiveInt = 64
+    resolution: Annotated[PositiveInt, AfterValidator(of_whole_tokens)] = 64
     """Pixels a side, a multiple of 16; pictures are cropped to a square around their middle and
     resized."""
 
@@ -75,17 +87,6 @@ class DataConfig(Section):
 
     batch_size: PositiveInt = 64
     """Pictures that an encoder takes at once."""
-
-    @field_validator("resolution")
-    @classmethod
-    def _of_whole_tokens(cls, resolution: int) -> int:
-        if resolution % TOKEN:
-            below = resolution - resolution % TOKEN
-            raise ValueError(
-                f"must be a multiple of {TOKEN}, the pixels of a token, got {resolution}; set "
-                f"{below or TOKEN} or {below + TOKEN}"
-            )
-        return resolution
 
     @model_validator(mode="after")
     def _a_source_has_a_path(self) -> Self:

@@ -46,11 +46,12 @@ class LibraryConfig(TrainingConfig):
     """The library: which replacements may be offered, and how they are trained."""
 
     widths: tuple[Ffn, ...] = Field((1.0, 0.5), min_length=1)
-    """Kept fractions of the FFN that are offered for every span, or `linear`. Here and below: only
-    where the teacher's blocks can have it."""
+    """Kept fractions of the FFN that are offered for every span beside the whole one, or `linear`.
+    Here and below: only where the teacher's blocks can have it."""
 
     texts: tuple[Text, ...] = ("dual",)
-    """How replacements may treat text: `dual`, `projected`, `shared`, as in a plan."""
+    """How replacements may treat text beside `dual`, which is always offered: `projected`,
+    `shared`, as in a plan."""
 
     starts: tuple[Start, ...] = Field(("library",), min_length=1)
     """What plans may start from, for every span, width and text: `library` is a trained

@@ -184,6 +184,11 @@ class Plan(Section):
         return digest_json(self.model_dump(mode="json", exclude_defaults=True))
 
     @property
+    def untouched(self) -> bool:
+        """Whether this is the teacher itself."""
+        return all(block.untouched for block in self.blocks)
+
+    @property
     def depth_only(self) -> bool:
         """Whether every block has the teacher's shape, so that the stock class can hold them."""
         return all(block.depth_only for block in self.blocks)
