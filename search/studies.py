@@ -9,7 +9,6 @@ plan (search/features.py).
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from search.features import plan_features
 from search.objectives import DEFAULT, Scored
 from search.report.plan_picture import in_words
-from storage.digest import digest_json
 from storage.errors import EspalierError
-from storage.urls import without_password
+from storage.urls import folder_name, without_password
 
 if TYPE_CHECKING:
     import optuna
@@ -51,8 +49,7 @@ def journal_file(store_url: str, name: str) -> str:
     sweep in a folder, in the user's cache when the store is an object store."""
     if "://" in store_url:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        readable = re.sub(r"[^A-Za-z0-9.-]+", "_", store_url)
-        folder = home / "espalier" / "studies" / f"{readable}-{digest_json(store_url)[:8]}"
+        folder = home / "espalier" / "studies" / folder_name(store_url)
     else:
         folder = Path(store_url) / "studies"
     return str(folder / f"{name}.journal")

@@ -1,8 +1,10 @@
-"""URLs in a configuration: what they may not hold."""
+"""URLs: what those in a configuration may not hold, and folders named after them."""
 
 from __future__ import annotations
 
 import re
+
+from storage.digest import digest_json
 
 _PASSWORD = re.compile(
     r"://[^:/@]*:(?!\d{1,5}/)[^@]*@"  # user:password@host; a port ends at the path
@@ -26,3 +28,9 @@ def address(url: str) -> str:
     return without_password(
         url, "leave it to the variables and files of the store, such as AWS_SECRET_ACCESS_KEY"
     )
+
+
+def folder_name(url: str) -> str:
+    """A folder's name for what belongs to a URL: readable, and another for every other URL."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", url).strip("_")
+    return f"{readable}-{digest_json(url)[:8]}"

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from glob import escape
 from pathlib import Path
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 from storage.errors import EspalierError, MissingKey
 from storage.manifest import Manifest, fetch, hidden, is_copy, published
 from storage.store import Store
+from storage.urls import folder_name
 
 
 class CacheError(EspalierError):
@@ -39,7 +39,7 @@ def local_copy(
     manifest = manifest or published(store, prefix)
     if manifest is None:
         raise MissingKey(f"{store.url}/{prefix}: nothing is published there")
-    folder = cache / re.sub(r"[^A-Za-z0-9.-]+", "_", store.url).strip("_") / prefix
+    folder = cache / folder_name(store.url) / prefix
     try:
         while not is_copy(folder, manifest):
             folder.mkdir(parents=True, exist_ok=True)

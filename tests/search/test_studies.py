@@ -247,7 +247,7 @@ def test_an_object_stores_study_lies_in_the_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert journal_file("s3://bucket/prefix", "one").startswith(str(tmp_path))
-    assert journal_file("s3://bucket/prefix", "one") != journal_file("s3://bucket/other", "one")
+    assert journal_file("s3://bucket/a_b", "one") != journal_file("s3://bucket/a/b", "one")
 
 
 def test_shows_the_objectives_that_are_sought_and_what_breaks_a_budget(url: str) -> None:
