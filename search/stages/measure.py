@@ -125,7 +125,7 @@ def _confirm(
     latents = open_latents(site.store, encoded)
     inputs = measuring_inputs(latents, resolution, settings, each.device, each.dtype)
     for written, weights, key in students:
-        plan = Plan.from_json(written)
+        plan, model = Plan.from_json(written), None  # the one before goes before the next comes
         if weights is None:
             model = shaped_model(family, teacher.config, plan, each)
         else:

@@ -29,7 +29,8 @@ def place(sweep: Sweep, work: Callable[..., None], progress: Progress, **argumen
         return
     import ray
 
-    remote = ray.remote(_remotely).options(num_gpus=1)
+    # One call a process: an idle one would keep the GPU's memory, which Ray gives to the next.
+    remote = ray.remote(num_gpus=1, max_calls=1)(_remotely)
     ray.get(remote.remote(work, sweep.store.url, sweep.config.store, arguments))
 
 

@@ -138,6 +138,8 @@ def _judge(
     pipeline: Any = load_folder(teacher.folder, None, site.device, without=("transformer",))
     for done, (model, out) in enumerate(models):
         site.progress.update(done, len(models), pictures=len(captions))
+        transformer = None  # the one before goes before the next comes
+        pipeline.register_modules(transformer=None)
         if model == TEACHER:
             transformer = teacher.transformer(device=site.device)
         else:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from search.config import SweepConfig
 from search.stages import STAGES, require_earlier, run_stage, skip_stage, stage_named
 from search.stages.library import earlier_plans
+from search.stages.place import Site, place
 from search.stages.record import read_attempt, read_record, write_record
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError, open_sweep
@@ -49,6 +53,30 @@ def stage_that(run: object = None, name: str = "work", shared: bool = False) -> 
         run=run or nothing,  # type: ignore[arg-type]  # a Callable, checked by its use
         shared=(lambda sweep: "shared/thing") if shared else None,
     )
+
+
+def leave_its_process(site: Site) -> None:
+    site.store.write("process", str(os.getpid()).encode())
+
+
+def test_work_on_a_gpu_leaves_no_process_that_holds_it(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    on_gpu = changed(sweep, accelerator="gpu")
+    # Workers find this module by its path.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        place(on_gpu, leave_its_process, silent())
+        with on_gpu.store.read("process") as stream:
+            process = int(stream.read())
+        assert process != os.getpid()
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(process).wait(60)
+    finally:
+        ray.shutdown()
 
 
 def test_a_stage_is_done_once_it_has_run(sweep: Sweep) -> None:

@@ -37,7 +37,7 @@ def find_room(store: Store, options: StoreOptions | None, encoding: str, share: 
 
     # Soft: what a machine is asked that has just left, another answers.
     asked = [
-        ray.remote(_memory)
+        ray.remote(max_calls=1)(_memory)  # or its idle process would keep some of the GPU
         .options(
             num_cpus=share.num_cpus,
             num_gpus=share.num_gpus,
@@ -53,7 +53,9 @@ def find_room(store: Store, options: StoreOptions | None, encoding: str, share: 
         ray.cancel(reference)
     pictures = encoded_pictures(store, encoding)
     if pictures is None:
-        opened = ray.remote(_opened).options(num_cpus=share.num_cpus, num_gpus=share.num_gpus)
+        opened = ray.remote(max_calls=1)(_opened).options(
+            num_cpus=share.num_cpus, num_gpus=share.num_gpus
+        )
         pictures = ray.get(opened.remote(store.url, options, encoding))
     return Room(int(share.num_gpus * min(ray.get(free))), pictures)
 
