@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +51,8 @@ def share_of(workers: int, accelerator: Accelerator) -> Share:
         )
     return Share(
         num_cpus=round(min(1.0, cpus / workers) / 2, 3),
-        num_gpus=round(min(1.0, gpus / workers), 3) if accelerator == "gpu" else 0,
+        # Rounded down, as many to every GPU: or the last worker would wait for ever.
+        num_gpus=10_000 // math.ceil(workers / gpus) / 10_000 if accelerator == "gpu" else 0,
         threads=max(1, min(int(cpus) // workers, largest)),
         device="cuda" if accelerator == "gpu" else "cpu",
     )

@@ -23,6 +23,19 @@ def test_no_share_is_larger_than_a_machine(
     assert share_of(workers, "cpu") == Share(min(1.0, 28 / workers) / 2, 0, threads, "cpu")
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+@pytest.mark.parametrize("workers", [1, 2, 3, 6, 7, 12, 60])
+def test_all_workers_find_room_on_the_gpus(
+    monkeypatch: pytest.MonkeyPatch, workers: int, gpus: int
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    share = share_of(workers, "gpu").num_gpus
+    beside = int(10_000 // round(10_000 * share))  # Ray counts in ten-thousandths
+    assert share <= 1
+    assert beside * gpus >= workers
+
+
 def test_a_cluster_without_gpus_is_named(three_machines: None) -> None:
     with pytest.raises(PlacementError, match="no machine of the Ray cluster offers a GPU"):
         share_of(1, "gpu")
