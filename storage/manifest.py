@@ -182,7 +182,7 @@ def publish(
     kept = kept or {}
     stale = _listed(store, prefix) - {*files, *kept}
     store.remove(f"{prefix}/{MANIFEST}")
-    written = _in_parallel(partial(_write, store, prefix), files.items())
+    written = in_parallel(partial(_write, store, prefix), files.items())
     for name in stale:
         store.remove(f"{prefix}/{name}")
     return commit(store, prefix, {**kept, **dict(zip(files, written, strict=True))}, meta)
@@ -228,7 +228,7 @@ def fetch(store: Store, prefix: str, folder: Path, manifest: Manifest | None = N
     def bring(item: tuple[str, FileEntry]) -> None:
         twice(partial(_fetch_file, store, prefix, folder, item))
 
-    _in_parallel(bring, manifest.files.items())
+    in_parallel(bring, manifest.files.items())
     return manifest
 
 
@@ -242,7 +242,7 @@ def is_copy(folder: Path, manifest: Manifest) -> bool:
     paths = [(folder / name, entry) for name, entry in manifest.files.items()]
     # What is not there is seen before what is there is read.
     return all(path.is_file() and path.stat().st_size == e.size for path, e in paths) and all(
-        _in_parallel(lambda item: _is_of(*item), paths)
+        in_parallel(lambda item: _is_of(*item), paths)
     )
 
 
@@ -313,7 +313,7 @@ def verify(store: Store, prefix: str) -> Manifest:
             raise _gone(store, prefix, name) from None
         _verify(store, prefix, name, entry, size, hasher)
 
-    _in_parallel(lambda item: twice(partial(check, item)), manifest.files.items())
+    in_parallel(lambda item: twice(partial(check, item)), manifest.files.items())
     return manifest
 
 
@@ -470,7 +470,9 @@ def _listed(store: Store, prefix: str) -> set[str]:
     return set(manifest.files) if manifest else set()
 
 
-def _in_parallel(act: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def in_parallel(act: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What `act` gives for each, in their order; a few at a time, since a store answers slowly and
+    digests are made without Python's lock."""
     with ThreadPoolExecutor(_PARALLEL) as pool:
         return list(pool.map(act, items))
 

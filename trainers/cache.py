@@ -1,19 +1,23 @@
 """Copies of published files on this machine, shared by all its processes.
 
 They lie under $XDG_CACHE_HOME/espalier (~/.cache/espalier), may be deleted at any time, and are
-verified against their manifest at every use. Processes that need the same files at once fetch them
-once.
+verified against their manifest once, and again whenever a file's size or time of change differs: to
+read an encoding of terabytes anew for every process would take longer than to train on it.
+Processes that need the same files at once fetch them once.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import JsonValue
 
+from storage.digest import digest_json
 from storage.errors import EspalierError, MissingKey
 from storage.manifest import Manifest, fetch, hidden, is_copy, published
 from storage.store import Store
@@ -41,13 +45,17 @@ def local_copy(
         raise MissingKey(f"{store.url}/{prefix}: nothing is published there")
     folder = cache / folder_name(store.url) / prefix
     try:
-        while not is_copy(folder, manifest):
+        while not _known(folder, manifest):
+            if is_copy(folder, manifest):
+                _remember(folder, manifest)
+                break
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder.with_name(f".{folder.name}.lock"))
             try:
                 with lock.acquire(timeout=0):
                     _make_room(folder, manifest)
                     fetch(store, prefix, folder, manifest)
+                    _remember(folder, manifest)
                     break
             except Timeout:
                 with lock:
@@ -58,6 +66,35 @@ def local_copy(
             "make room, or set XDG_CACHE_HOME to a folder on another disk"
         ) from error
     return folder
+
+
+def _known(folder: Path, manifest: Manifest) -> bool:
+    """Whether the folder is as it was when it was last verified."""
+    try:
+        return _note(folder).read_text() == _state(folder, manifest)
+    except OSError:
+        return False
+
+
+def _remember(folder: Path, manifest: Manifest) -> None:
+    note = _note(folder)
+    partial = note.with_name(f"{note.name}.{os.getpid()}")
+    with suppress(OSError):  # a cache that cannot be written only costs time
+        partial.write_text(_state(folder, manifest))
+        partial.replace(note)
+
+
+def _note(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.verified")
+
+
+def _state(folder: Path, manifest: Manifest) -> str:
+    """Digest of what the files should be, and of what tells without reading that they changed."""
+    found: list[JsonValue] = []
+    for name, entry in sorted(manifest.files.items()):
+        stat = (folder / name).stat()
+        found.append([name, entry.model_dump(mode="json"), stat.st_size, stat.st_mtime_ns])
+    return digest_json(found)
 
 
 def _make_room(folder: Path, manifest: Manifest) -> None:

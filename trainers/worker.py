@@ -192,7 +192,7 @@ def run_job(
     device = torch.device(job.device)  # the process's own GPU is already the current one
 
     teacher = open_teacher(job.teacher, job.options, patient=True)
-    latents = open_latents(store, job.encoding)
+    latents = open_latents(store, job.encoding, alive=alive)
     dtype = teacher.weights().dtype
     library = Library(store, dict(job.replacements))
     student = load_distilled(teacher, job.plan, library, device, job.step)

@@ -42,6 +42,19 @@ def test_a_copy_is_whole_and_left_alone(store, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
+def test_a_copy_that_is_as_it_was_is_not_read_again(store, tmp_path, monkeypatch):
+    folder = local_copy(store, "some/thing", cache=tmp_path / "cache")
+    read: list[Path] = []
+    looked = cache.is_copy
+    monkeypatch.setattr(cache, "is_copy", lambda *asked: (read.append(asked[0]), looked(*asked))[1])
+    assert local_copy(store, "some/thing", cache=tmp_path / "cache") == folder
+    assert read == []
+    publish(store, "some/thing", {**FILES, "a.bin": bytes(len(FILES["a.bin"]))})
+    local_copy(store, "some/thing", cache=tmp_path / "cache")
+    assert read == [folder]
+    assert not any(held(folder)["a.bin"])
+
+
 def test_what_was_altered_or_left_half_is_made_good(store, tmp_path):
     folder = local_copy(store, "some/thing", cache=tmp_path / "cache")
     (folder / "a.bin").write_bytes(bytes(len(FILES["a.bin"])))

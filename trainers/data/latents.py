@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from storage.manifest import published
+from storage.manifest import in_parallel, published
 from storage.store import Store
 from storage.tensors import load_tensors
 from trainers.cache import local_copy
@@ -220,10 +220,16 @@ class Latents:
         return [self.training[place] for place in places.tolist()]
 
 
-def open_latents(store: Store, prefix: str, cache: Path | None = None) -> Latents:
+def open_latents(
+    store: Store,
+    prefix: str,
+    cache: Path | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> Latents:
     """The encoding under `prefix`, brought to this machine and verified.
 
-    `cache` is as in `trainers.cache.local_copy`. DataError when the encoding is not complete.
+    `cache` is as in `trainers.cache.local_copy`; `alive` is called with every shard. DataError when
+    the encoding is not complete.
     """
     manifest = published(store, prefix)
     if manifest is None:
@@ -231,12 +237,14 @@ def open_latents(store: Store, prefix: str, cache: Path | None = None) -> Latent
             f"{store.url}/{prefix}: no complete encoding is there; run `espalier encode` first"
         )
     meta = EncodedMeta.model_validate(manifest.meta)
-    shards = []
-    for number in range(meta.shards):
+
+    def opened(number: int) -> Shard:
         place = shard_prefix(prefix, number)
         folder = local_copy(store, place, cache=cache)
+        alive()
         tensors = load_tensors(folder / TENSORS, f"{store.url}/{place}/{TENSORS}")
         captions = tuple(json.loads((folder / CAPTIONS).read_text(encoding="utf-8")))
         latents, embeds, mask = (tensors[name] for name in ("latents", "embeds", "mask"))
-        shards.append(Shard(latents, embeds, mask, captions, tensors.get("pooled")))
-    return Latents(shards, meta.held_out)
+        return Shard(latents, embeds, mask, captions, tensors.get("pooled"))
+
+    return Latents(in_parallel(opened, range(meta.shards)), meta.held_out)
