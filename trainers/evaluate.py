@@ -33,6 +33,10 @@ __all__ = [
 ]
 
 
+PIXELS_AT_ONCE = 4 * 2**20
+"""Of pictures drawn together: what decodes those of Qwen-Image takes 13 GiB."""
+
+
 @torch.no_grad()
 def fidelity_loss(model: nn.Module, family: Runs, probe: FidelityProbe) -> float:
     """Mean squared difference of the model's and the teacher's velocity over the probe.
@@ -84,7 +88,6 @@ def generate(
     seed: int,
     steps: int,
     size: int,
-    batch_size: int = 32,
 ) -> list[Image]:
     """One `size` × `size` picture a caption. Each picture has a generator of its own, so the same
     seed gives teacher and student the same noise, whatever else is drawn beside it."""
@@ -96,6 +99,7 @@ def generate(
     padded = {"max_sequence_length": text_tokens(pipeline)} if _pads(pipeline) else {}
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image] = []
+    batch_size = max(1, min(32, PIXELS_AT_ONCE // size**2))
     for start in range(0, len(captions), batch_size):
         some = list(captions[start : start + batch_size])
         generators = [

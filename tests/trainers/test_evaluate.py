@@ -88,13 +88,22 @@ def test_nothing_held_out_is_refused(teacher: nn.Module):
         make_probe(teacher, FAMILY, small_latents(held_out=0), CONFIG, seed=0)
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours(tiny_pipeline: Path):
+def test_a_picture_depends_on_its_seed_and_not_on_its_neighbours(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+):
     from diffusers import QwenImagePipeline
 
     pipeline = QwenImagePipeline.from_pretrained(tiny_pipeline)
     captions = ["a red circle", "two crosses", "a blue square above a red circle"]
     together = generate(pipeline, captions, seed=3, steps=2, size=64)
-    apart = generate(pipeline, captions, seed=3, steps=2, size=64, batch_size=1)
+    sizes = []
+    decode = pipeline.vae.decode
+    monkeypatch.setattr(
+        pipeline.vae, "decode", lambda z, **named: (sizes.append(len(z)), decode(z, **named))[1]
+    )
+    monkeypatch.setattr("trainers.evaluate.PIXELS_AT_ONCE", 64 * 64)
+    apart = generate(pipeline, captions, seed=3, steps=2, size=64)
+    assert sizes == [1, 1, 1]
     assert [picture.size for picture in together] == [(64, 64)] * 3
     for a, b in zip(together, apart, strict=True):
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1

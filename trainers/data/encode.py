@@ -209,6 +209,10 @@ class Encoder:
         return {"count": [len(captions)], "error": [str(error)]}
 
 
+PIXELS_AT_ONCE = 2**20
+"""Of pictures in the autoencoder together: Qwen-Image's takes 5 GiB for them in float32."""
+
+
 class PictureEncoders:
     """A teacher's autoencoder and text encoder, ready for single pictures. Plain torch."""
 
@@ -249,8 +253,15 @@ class PictureEncoders:
 
     def _latents(self, pictures: Tensor) -> Tensor:
         """[n, channels, rows, columns], normalised."""
-        signal = pictures.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
-        return self.family.encode_pictures(self.vae, signal.to(self.dtype)).to(self.dtype).cpu()
+        import torch
+
+        height, width = pictures.shape[1:3]
+        parts = []
+        for some in pictures.split(max(1, PIXELS_AT_ONCE // (height * width))):
+            signal = some.permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
+            latents = self.family.encode_pictures(self.vae, signal.to(self.dtype))
+            parts.append(latents.to(self.dtype).cpu())
+        return torch.cat(parts)
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pydantic import JsonValue
 
 from storage.manifest import MANIFEST, commit, published, withdraw
 from storage.store import Store, open_store
-from trainers.data.encode import encode, encoding_digest
+from trainers.data.encode import PictureEncoders, encode, encoding_digest
 from trainers.data.latents import open_latents
 from trainers.data.shards import shard_prefix
 from trainers.data.sources import DataConfig, DataError, list_units, read_unit
@@ -167,3 +168,23 @@ def test_an_encoding_is_named_by_what_shows_in_it(teacher: Teacher):
     assert name == encoding_digest(teacher, CONFIG.model_copy(update={"batch_size": 7}), seed=0)
     assert name != encoding_digest(teacher, CONFIG, seed=1)
     assert name != encoding_digest(teacher, CONFIG.model_copy(update={"resolution": 32}), seed=0)
+
+
+def test_large_pictures_pass_the_autoencoder_a_few_at_a_time(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+):
+    encoders = PictureEncoders(teacher, torch.float32, "cpu")
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    captions = [f"picture {i}" for i in range(5)]
+    whole = encoders.encode(pictures, captions, batch_size=5)
+
+    sizes = []
+    apart = encoders.vae.encode
+    monkeypatch.setattr(
+        encoders.vae, "encode", lambda x, **named: (sizes.append(len(x)), apart(x, **named))[1]
+    )
+    monkeypatch.setattr("trainers.data.encode.PIXELS_AT_ONCE", 2 * 64 * 64)
+    parts = encoders.encode(pictures, captions, batch_size=5)
+    assert sizes == [2, 2, 1]
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor)
