@@ -95,27 +95,26 @@ def test_is_stored_and_read_back(analysis: Analysis, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 8, 1000])
+@pytest.mark.parametrize("rules", [True, False], ids=["with the rules", "alone"])
 def test_nominations_can_meet_every_budget(
-    teacher: nn.Module, analysis: Analysis, most: int
+    teacher: nn.Module, analysis: Analysis, most: int, rules: bool
 ) -> None:
     config = dict(teacher.config)
     outside = FAMILY.outside_parameters(config)
-    sizes = {b: FAMILY.block_parameters(config, b) for b in CANDIDATES}
-    own = sizes[BlockPlan(span=(0, 0))]
-    limits = [outside + 3 * own, outside + 2 * own]
-    starts = [uniform_plan("qwen_image", 6, blocks, start="library") for blocks in (3, 2)]
-    chosen = nominate(
-        analysis.damages, "qwen_image", config, [Target(str(n), n) for n in limits], most, starts
-    )
+    own = [BlockPlan(span=(i, i)) for i in range(6)]
+    sizes = {b: FAMILY.block_parameters(config, b) for b in (*CANDIDATES, *own)}
+    limits = {blocks: outside + blocks * sizes[own[0]] for blocks in (3, 2)}
+    targets = [Target(str(limit), limit) for limit in limits.values()]
+    starts = [uniform_plan("qwen_image", 6, blocks, start="library") for blocks in limits]
+    given = starts if rules else []
+    chosen = nominate(analysis.damages, "qwen_image", config, targets, most, given)
     assert len(set(chosen)) == len(chosen)
     assert not any(block.untouched for block in chosen)
-    for blocks, limit in ((3, limits[0]), (2, limits[1])):
-        uniform = uniform_plan("qwen_image", 6, blocks, start="library")
-        assert set(uniform.blocks) <= set(chosen)
-        pieces = {
-            b: Piece(0, sizes[b]) for b in (*chosen, *(BlockPlan(span=(i, i)) for i in range(6)))
-        }
+    pieces = {block: Piece(0, sizes[block]) for block in (*chosen, *own)}
+    for limit in limits.values():
         assert smallest(pieces, 6, outside) <= limit
+    for plan in given:
+        assert set(plan.blocks) <= set(chosen)
     if most == 1000:
         # All but those that are too large for any plan within the limits.
         assert {b for b in CANDIDATES if b.length > 1} <= set(chosen)
