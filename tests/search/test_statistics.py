@@ -11,7 +11,7 @@ from torch import nn
 from search.redundancy import wanted_maps
 from search.space import candidates
 from search.statistics import STREAMS, Statistics, cosine_influence, gather, memory
-from tests.trainers.small import load_transformer, small_latents
+from tests.trainers.small import load_transformer, padded, same_sums, small_latents
 from trainers.data.latents import generator_at, make_inputs
 from trainers.students.families import FAMILIES
 from trainers.students.families.base import Inputs
@@ -65,6 +65,18 @@ def test_four_parts_give_what_one_whole_gives(teacher: nn.Module, batches: list[
     for stream in STREAMS:
         for ours, theirs in zip(total.samples(stream), whole.samples(stream), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_padding_is_neither_summed_up_nor_sampled(
+    teacher: nn.Module, batches: list[Inputs]
+) -> None:
+    bare = gathered(teacher, batches, range(4))
+    found = gathered(teacher, [padded(batch) for batch in batches], range(4))
+    same_sums(found.maps, bare.maps)
+    same_sums(found.probes, bare.probes)
+    for stream in STREAMS:
+        for ours, theirs in zip(found.samples(stream), bare.samples(stream), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_everything_comes_from_one_pass_of_the_teacher(

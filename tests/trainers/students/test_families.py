@@ -11,9 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.trainers.small import padded as with_padding
+from tests.trainers.small import same_sums
 from tests.trainers.students.tiny import (
     BLOCKS,
     FAMILY_TEACHERS,
+    QWEN_IMAGE,
     Tiny,
     count,
     plans,
@@ -23,7 +26,7 @@ from tests.trainers.students.tiny import (
 from trainers.students.counts import memory, plan_parameters
 from trainers.students.families import FAMILIES, family_named, family_of
 from trainers.students.families.base import FamilyError, State
-from trainers.students.fits import fit_maps
+from trainers.students.fits import fit_maps, gather_maps
 from trainers.students.plan import BlockPlan, PlanError, identity_plan, uniform_plan
 from trainers.students.surgery import assemble
 
@@ -154,6 +157,17 @@ def test_maps_fitted_in_closed_form_bring_a_cut_teacher_closer(tiny: Tiny):
         for given in (None, fits)
     ]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_padding_is_not_fitted(padded: bool):
+    """Only a family that masks padding has any."""
+    family, model, inputs = QWEN_IMAGE.family, QWEN_IMAGE.model(), QWEN_IMAGE.inputs(padded)
+    block = BlockPlan(span=(1, 2), ffn="linear", text="projected", text_map=True)
+    wanted = dict.fromkeys(range(BLOCKS), family.maps(block))
+    sums = gather_maps(model, family, [inputs], wanted)
+    assert sums[1, "txt_map"].count == (8 if padded else 10)
+    same_sums(gather_maps(model, family, [with_padding(inputs)], wanted), sums)
 
 
 def test_a_fit_is_the_least_squares_solution_with_a_bias(tiny: Tiny):
