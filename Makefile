@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TESTABLE := .venv/.testable
 SOAK_MINUTES ?= 30
 # A process a core, of one thread each. A file's tests stay together, since they share a Ray of their
 # own; files go in the order of the folders, which has the longest early.
@@ -21,6 +22,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 		--constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Apart, because diffusers imports torchao wherever it is, at a second a process.
+$(TESTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[dev,8bit]'
+	touch $@
+
 demo: install ## compress the miniature Qwen-Image end to end, then say where the report is
 	$(BIN)/espalier sweep examples/miniature.yaml
 
@@ -30,13 +37,13 @@ check: install ## style, types, import directions
 	$(BIN)/lint-imports --verbose
 	$(BIN)/mypy
 
-test: install ## the default suite
+test: $(TESTABLE) ## the default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not faults' $(SIDE_BY_SIDE)
 
-test-slow: install ## the default suite and the long tests (kills in every stage)
+test-slow: $(TESTABLE) ## the default suite and the long tests (kills in every stage)
 	$(BIN)/python -m pytest
 
-test-faults: install ## break stores and processes in every known way, and print what was lost
+test-faults: $(TESTABLE) ## break stores and processes in every known way, and print what was lost
 	$(BIN)/python -m pytest -m faults tests
 
 soak: install ## break a sweep at random for SOAK_MINUTES (30) and count what was lost

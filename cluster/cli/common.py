@@ -122,11 +122,15 @@ def open_config(path: Path, settings: list[str]) -> Sweep:
 
 def quieten_libraries() -> None:
     """Model libraries warn about what is none of the user's business; set before their import."""
+    import logging
     import warnings
 
     from cluster.connect import prepare_environment
 
     prepare_environment()
+    # diffusers imports torchao wherever it is installed, and that tells of kernels it lacks.
+    for chatty in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
 

@@ -274,9 +274,8 @@ def test_the_average_follows_the_weights(teacher: nn.Module, latents: Latents) -
 def test_moments_in_8_bits_take_less_learn_nearly_the_same_and_go_on_exactly(
     shape: tuple[int, int],
 ) -> None:
-    """On weights large enough to be quantised: torchao leaves those below 4096 values alone. It is
-    no part of the default set-up, because diffusers then imports it too, which takes seconds."""
-    pytest.importorskip("torchao")
+    """On weights large enough to be quantised: torchao leaves those below 4096 values alone. Only
+    `make test` installs it, because diffusers then imports it too, which takes seconds."""
     weight = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     other = torch.nn.Parameter(weight.detach().clone())
     optimizers = [make_optimizer("adamw", [weight], 1e-2), make_optimizer("adamw8bit", [other], 1)]
