@@ -143,22 +143,28 @@ def test_a_bad_picture_is_named_in_one_sentence_and_the_shards_before_it_stay(
     from PIL import Image
 
     (tmp_path / "data").mkdir()
-    for i in range(4):
+    for i in range(8):
         Image.new("RGB", (64, 64)).save(tmp_path / "data" / f"{i}.png")
         (tmp_path / "data" / f"{i}.txt").write_text("a red circle")
-    (tmp_path / "data" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "7.png").write_bytes(b"no picture")
     config = DataConfig(
-        source="folder", path=str(tmp_path / "data"), pictures=4, held_out=1, shard=2
+        source="folder", path=str(tmp_path / "data"), pictures=8, held_out=1, shard=2
     )
     store = open_store(str(tmp_path / "store"))
-    with pytest.raises(DataError, match=r"3\.png: cannot be read as a picture") as caught:
+    with pytest.raises(DataError, match=r"7\.png: cannot be read as a picture") as caught:
         encode(teacher, config, store, PREFIX)
     assert "\n" not in str(caught.value)
     assert published(store, PREFIX) is None
+    # Two shards are read at a time: when the last begins, at least two of the others are read.
+    before = shard_manifests(tmp_path / "store")
+    assert len(before) >= 2
+    assert published(store, shard_prefix(PREFIX, 3)) is None
 
-    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "3.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "7.png")
     encode(teacher, config, store, PREFIX)
-    assert published(store, shard_prefix(PREFIX, 1)) is not None
+    after = shard_manifests(tmp_path / "store")
+    assert len(after) == 4
+    assert {name: after[name] for name in before} == before
     withdraw(store, PREFIX)
     assert published(store, shard_prefix(PREFIX, 1)) is None
 
