@@ -29,17 +29,23 @@ from trainers.students.plan import BlockPlan, Plan, uniform_plan
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags with their attributes, and its text outside of styles."""
+    """What a page holds: its tags with their attributes, its text outside of styles, and the rows
+    of its tables by their captions."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.open: list[str] = []
         self.text = ""
+        self.tables: dict[str, list[list[str]]] = {}
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
         if tag not in ("meta", "img", "source", "link", "br"):
             self.open.append(tag)
 
@@ -49,7 +55,17 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if "style" not in self.open:
-            self.text += " ".join(data.split()) + " "
+            text = " ".join(data.split())
+            self.text += f"{text} "
+            if self.open[-1:] == ["caption"]:
+                self.tables[text] = []
+            elif "th" in self.open or "td" in self.open:
+                self.rows[-1][-1] += text
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells of the table that came last."""
+        return list(self.tables.values())[-1]
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -127,7 +143,9 @@ def test_names_from_outside_are_escaped(page: Page) -> None:
 
 
 def test_a_failed_recovery_is_called_failed(page: Page) -> None:
-    assert "failed" in page.text
+    first, *recoveries = page.tables["Recoveries by budget"]
+    after = first.index("after")
+    assert [row[after] for row in recoveries] == ["0.03", "failed"]
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel(page: Page) -> None:
