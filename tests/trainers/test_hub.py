@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.hub import COMMIT
-from trainers.teacher import TeacherError, open_teacher
+from trainers.teacher import HubModel, TeacherError, open_teacher
 
 
 @pytest.mark.parametrize("name", ["owner/tiny", "owner/tiny@v1", f"owner/tiny@{COMMIT}"])
 def test_a_teacher_of_the_hub_is_the_one_of_its_files(name, hub, tiny_pipeline):
     teacher, local = open_teacher(name), open_teacher(tiny_pipeline)
-    assert (teacher.digest, teacher.encoder_digest) == (local.digest, local.encoder_digest)
+    assert teacher.name == name
+    assert teacher.hub == HubModel("owner/tiny", COMMIT)
+    assert teacher.found != local.found
+    assert replace(teacher, name=local.name, found=local.found, hub=None) == local
+    assert (teacher.family, teacher.config) == (local.family, local.config)
     assert teacher.address == f"owner/tiny@{COMMIT}"
-    assert open_teacher(teacher.address) == open_teacher(teacher.address)
+    assert open_teacher(teacher.address) == replace(teacher, name=teacher.address)
 
 
 def test_a_machine_that_lacks_it_fetches_the_same_commit(hub, tmp_path):
