@@ -19,6 +19,7 @@ from cluster.configfile import keys_of
 from search.config import SweepConfig
 from search.stages import STAGES, stage_named
 from storage.errors import EspalierError
+from tests.cluster.verbs import commands
 from tests.hub import COMMIT, Hub
 from trainers.students.counts import plan_parameters
 from trainers.students.families import family_named
@@ -139,11 +140,12 @@ with endings():
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
-def test_help_has_examples() -> None:
-    for verb in ("sweep", "encode", "publish", "status", "report", "plan", "generate", "judge"):
-        shown = espalier(verb, "--help")
-        assert shown.exit_code == 0
-        assert f"espalier {verb}" in shown.output
+@pytest.mark.parametrize("words", [words for words, _ in commands()], ids=" ".join)
+def test_help_has_an_example(words: tuple[str, ...]) -> None:
+    shown = espalier(*words, "--help")
+    assert shown.exit_code == 0
+    _, _, after = " ".join(shown.output.split()).partition("Example")
+    assert f"espalier {' '.join(words)}" in after
 
 
 def test_help_lists_the_stages_in_their_order() -> None:
