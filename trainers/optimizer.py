@@ -27,10 +27,10 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
 def make_optimizer(
     kind: Literal["adamw", "adamw8bit"], parameters: Iterable[nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:
-    """`adamw8bit` is torchao's: its moments are quantised, in blocks of 256 values."""
+    """`adamw8bit` is torchao's, nearly: its moments are quantised, in blocks of 256 values."""
     if kind == "adamw":
         return adamw(parameters, lr)
-    from torchao.optim import AdamW8bit
+    from trainers.adamw8bit import AdamW8bit
 
     made = AdamW8bit(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY)
     return cast("torch.optim.Optimizer", made)
@@ -85,7 +85,8 @@ def set_moments(
     """Gives an optimizer that has not stepped yet what `moments` said, sharded alike. The tensors
     become its own where they can: a copy may not fit beside them.
 
-    Quantised moments are the very same where their blocks are, else quantised anew.
+    Quantised moments are the very same where their blocks are. Ranks of another number may have
+    other blocks, or other moments in full: those become what they are here, to 8 bits.
     """
     if any(isinstance(group["lr"], Tensor) for group in optimizer.param_groups):
         # Only a step makes its quantised tensors; at rate 0 it changes nothing else.
@@ -128,6 +129,6 @@ def _quantise(into: Any, codes: Tensor, scales: Tensor, signed: bool) -> None:
             into.codes.copy_(codes)
             into.scale.copy_(blocks[:, 0])
             return
-    # The blocks lie otherwise, or the shard is too small to be quantised.
+    # The blocks lie otherwise, or these shards do not allow any.
     qmap = OptimState8bit.zeros((256,), signed, device=codes.device).qmap
     into.copy_(qmap[codes.long()] * each)

@@ -122,7 +122,8 @@ class StepConfig(Section):
     """Whether blocks are compiled (torch.compile), once for all that are alike."""
 
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` keeps its moments in 8 bits, a quarter of the memory; it needs torchao."""
+    """`adamw8bit` keeps its moments in 8 bits, a quarter of the memory; it needs torchao. Where
+    another number of workers goes on, they are the same to 8 bits, not exactly."""
 
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of itself that a moving average of the student's weights keeps at each step, such as
