@@ -19,6 +19,12 @@ from trainers.schedule import PLAIN, StepConfig
 from trainers.students.families.base import Context, Family, Inputs, State
 from trainers.students.plan import BlockPlan, Plan
 
+_VARIANTS = 64
+"""Of compiled blocks, which share one piece of code: by torch's own limit of 8 they would run
+uncompiled before the second phase is reached. Qwen-Image's have 15 in a span phase and a velocity
+phase after it, 21 when the student has two widths: teacher and student, the first block and later
+ones, with a mask and without, captions of one length and of any."""
+
 
 class Placed(NamedTuple):
     """One block of the student."""
@@ -144,7 +150,9 @@ class Observed(nn.Module):
 def compile_blocks(module: Distilled | Observed, backend: str = "inductor") -> None:
     """Compiles the blocks, those that are alike once; before the model is sharded."""
     for block in module.blocks:
-        block.forward = torch.compile(block.forward, backend=backend)
+        # Torch's setting of the same name is one thread's, and a GPU's backward pass, which runs
+        # checkpointed blocks again, has a thread of its own.
+        block.forward = torch.compile(block.forward, backend=backend, recompile_limit=_VARIANTS)  # type: ignore[call-overload]  # the overloads do not list it
 
 
 def local(tensor: Tensor) -> Tensor:
