@@ -1,19 +1,24 @@
 """Training: memory of span phases by depth, steps a second under Ray Train, and speed on a GPU.
 
     python -m benchmarks.train                # all three parts
-    python -m benchmarks.train --only gpu     # needs torch and diffusers alone
+    python -m benchmarks.train --only gpu     # needs no Ray and no store's client
 
-Weights and data are random. Prints one JSON object a row; the GPU's rows need a CUDA GPU.
+The second needs torch, diffusers, accelerate, pydantic, PyYAML, xxhash and filelock alone.
+
+Weights and data are random. Prints one JSON object a row; the GPU's rows need a CUDA GPU. One of
+them that fails says with what, the others go on, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +65,12 @@ def main() -> None:
         rows.append(ray_row(workers, options.turns, options.seconds) for workers in (2, 1))
     if options.only in (None, "gpu"):
         rows.append(gpu_rows())
+    failed = False
     for row in itertools.chain(*rows):
         print(json.dumps(row), flush=True)
+        failed |= "failed" in row
+    if failed:
+        raise SystemExit(1)
 
 
 def memory_rows(config: Config, depths: Sequence[int], side: int = 16) -> Iterator[Row]:
@@ -94,8 +103,26 @@ def gpu_rows() -> Iterator[Row]:
         step = StepConfig(micro_batch=1, checkpointing=loss == "velocity", compile=compiled)
         phase = next(phase for phase in phases(batch=4) if phase.loss == loss)
         blocks = fitting(QWEN_IMAGE, phase, step, pictures, int(0.85 * offered))
-        yield {"gpu": name} | step_row(QWEN_IMAGE, blocks, phase, step, pictures, device, gpu)
+        row: Row = {"gpu": name, "part": "gpu", "phase": loss, "compiled": compiled}
+        row["teacher_blocks"] = blocks
+        measure = partial(step_row, QWEN_IMAGE, blocks, phase, step, pictures, device, gpu)
+        yield attempted(row, measure, device)
     yield from latency_rows(shapes(), (1024, 1328), device)
+
+
+def attempted(row: Row, measure: Callable[[], Row], device: torch.device) -> Row:
+    """The row with what is measured, or with why nothing was: what is left to measure may be
+    smaller, or need no compiler. Nothing of it stays in memory, where the next one has to fit."""
+    try:
+        row = row | measure()
+    except Exception as error:
+        # In words alone: the error itself holds on to all that was there when it was raised.
+        row = row | {"failed": f"{type(error).__name__}: {error}"}
+    # Sharded models hold themselves in circles.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
 
 
 def fitting(config: Config, phase: Phase, step: StepConfig, pictures: Pictures, most: int) -> int:
@@ -123,27 +150,15 @@ def step_row(
     """One phase on one device: time and memory of a step, and what it makes of the device."""
     config, plan = {**config, "num_layers": blocks}, halved(blocks)
     with alone(device):
-        student, teacher = built(config, plan, step, device)
-        set_trainable(student, phase)
-        trained = [p for p in student.parameters() if p.requires_grad]
-        optimizer = make_optimizer("adamw", trained, 1e-6)
-        example = drawn(config, pictures, phase.batch_size, device, torch.bfloat16)
-
-        def once() -> None:
-            train_step(student, teacher, example, phase, optimizer, lambda value: value)
-
-        seconds, peak = measured(once, device, repeats)
+        seconds, peak = step_cost(config, plan, phase, step, pictures, device, repeats)
     # What a model needs: what checkpointing computes again is not useful work.
     run = Run(config, plan, PLAIN, pictures, 1, True, 1.0)
     rate = step_flops(run, phase) / seconds
     tokens = phase.batch_size * (pictures.image_tokens + pictures.text_tokens)
     expected = Run(config, plan, step, pictures, 1, True, 1.0)
     return {
-        "part": "gpu",
-        "phase": phase.loss,
         "teacher_blocks": blocks,
         "student_blocks": len(plan.blocks),
-        "compiled": step.compile,
         "batch": phase.batch_size,
         "seconds_per_step": round(seconds, 4),
         "tokens_per_s": round(tokens / seconds),
@@ -154,6 +169,28 @@ def step_row(
     }
 
 
+def step_cost(
+    config: Config,
+    plan: Plan,
+    phase: Phase,
+    step: StepConfig,
+    pictures: Pictures,
+    device: torch.device,
+    repeats: int,
+) -> tuple[float, int]:
+    """Seconds of a training step, and the most bytes held."""
+    student, teacher = built(config, plan, step, device)
+    set_trainable(student, phase)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = make_optimizer("adamw", trained, 1e-6)
+    example = drawn(config, pictures, phase.batch_size, device, torch.bfloat16)
+
+    def once() -> None:
+        train_step(student, teacher, example, phase, optimizer, lambda value: value)
+
+    return measured(once, device, repeats)
+
+
 def latency_rows(
     models: dict[str, tuple[Config, Plan]],
     resolutions: Sequence[int],
@@ -162,28 +199,29 @@ def latency_rows(
 ) -> Iterator[Row]:
     """One forward pass over one picture, of every model at every resolution."""
     for (name, (config, plan)), resolution in itertools.product(models.items(), resolutions):
-        family, pictures = family_named(plan.family), Pictures.of(resolution, text_tokens)
-        model = family.build(config, plan, "meta", torch.bfloat16).to_empty(device=device)
-        initialise(model.requires_grad_(False))
-        inputs = drawn(config, pictures, 1, device, torch.bfloat16).inputs
+        row = {"part": "latency", "model": name, "resolution": resolution}
+        pictures = Pictures.of(resolution, text_tokens)
+        yield attempted(row, partial(latency_row, config, plan, pictures, device), device)
 
-        @torch.no_grad()
-        def once(model: Any = model, inputs: Inputs = inputs, family: Any = family) -> None:
-            family.forward(model, inputs)
 
-        seconds, peak = measured(once, device, repeats=5)
-        flops = sum(block_flops(family, config, block, pictures) for block in plan.blocks)
-        yield {
-            "part": "latency",
-            "model": name,
-            "resolution": resolution,
-            "ms": round(1000 * seconds, 1),
-            "tflops": round(flops / seconds / 1e12, 1),
-            "peak_gib": round(peak / 2**30, 2),
-        }
-        del model, once, inputs
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+def latency_row(config: Config, plan: Plan, pictures: Pictures, device: torch.device) -> Row:
+    """One forward pass over one picture."""
+    family = family_named(plan.family)
+    model = family.build(config, plan, "meta", torch.bfloat16).to_empty(device=device)
+    initialise(model.requires_grad_(False))
+    inputs = drawn(config, pictures, 1, device, torch.bfloat16).inputs
+
+    @torch.no_grad()
+    def once() -> None:
+        family.forward(model, inputs)
+
+    seconds, peak = measured(once, device, repeats=5)
+    flops = sum(block_flops(family, config, block, pictures) for block in plan.blocks)
+    return {
+        "ms": round(1000 * seconds, 1),
+        "tflops": round(flops / seconds / 1e12, 1),
+        "peak_gib": round(peak / 2**30, 2),
+    }
 
 
 def shapes() -> dict[str, tuple[Config, Plan]]:
@@ -294,8 +332,6 @@ class alone:  # noqa: N801  # a context manager
 
     def __exit__(self, *_: object) -> None:
         torch.distributed.destroy_process_group()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import weakref
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,6 +35,53 @@ def test_a_phase_is_measured_on_one_device(loss: str) -> None:
     assert (row["teacher_blocks"], row["student_blocks"]) == (4, 2)
     assert row["tokens_per_s"] == pytest.approx(2 * 20 / row["seconds_per_step"], rel=0.02)
     assert row["mfu"] == pytest.approx(row["tflops"] / 0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_row_is_left_where_the_next_one_has_to_fit(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor of one that ran out of memory in its second step, with gradients and moments there."""
+    phase, step = train.phases(batch=2)[0], StepConfig(micro_batch=1)
+    train_step, left = train.train_step, [1 if fails else 99]
+    seen: list[weakref.ref[Any]] = []
+
+    def failing(
+        student: Any, teacher: Any, example: Any, phase: Any, optimizer: Any, mean: Any
+    ) -> float:
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
+        weights = [*student.parameters(), *teacher.parameters()]
+        held = [student, teacher, optimizer, example.clean_BNC, *weights, *moments]
+        seen.extend(map(weakref.ref, held))
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("no room for 2 GiB")
+        return train_step(student, teacher, example, phase, optimizer, mean)
+
+    monkeypatch.setattr(train, "train_step", failing)
+    measure = partial(train.step_row, TINY, 4, phase, step, Pictures(16, 4), CPU, None, 1)
+    gc.disable()  # only what the benchmark itself collects
+    try:
+        row = train.attempted({"part": "gpu"}, measure, CPU)
+        assert [type(found()).__name__ for found in seen if found() is not None] == []
+    finally:
+        gc.enable()
+    assert len(seen) > 100
+    assert row.get("failed") == ("OutOfMemoryError: no room for 2 GiB" if fails else None)
+
+
+def test_a_row_that_fails_leaves_the_others_and_shows_in_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"gone": (TINY, identity_plan("flux", 12)), "half": (TINY, train.halved(12))}
+    rows = train.latency_rows(models, (64,), CPU, text_tokens=4)
+    monkeypatch.setattr(train, "gpu_rows", lambda: rows)
+    monkeypatch.setattr("sys.argv", ["train", "--only", "gpu"])
+    with pytest.raises(SystemExit, match="1"):
+        train.main()
+    gone, half = map(json.loads, capsys.readouterr().out.splitlines())
+    assert gone.keys() == {"part", "model", "resolution", "failed"}
+    assert half["ms"] > 0
 
 
 def test_as_many_blocks_as_fit() -> None:
