@@ -52,7 +52,6 @@ class Weights(nn.Module):
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
     """torchao compiles its step anew for every shape of a shard: seconds each."""
-    pytest.importorskip("torchao")
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
