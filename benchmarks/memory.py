@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -47,3 +48,20 @@ class PeakMemory(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._held.pop(key)
+
+
+class DeviceMemory(PeakMemory):
+    """Counts what a device would hold that is not there: tensors on `meta` stand for its own. What
+    is copied to the CPU is zeros there, and not counted."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        copies = func is torch.ops.aten._to_copy.default and args[0].is_meta
+        if copies and kwargs and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _note(self, tensor: Tensor, size: int) -> None:
+        if tensor.is_meta:
+            super()._note(tensor, size)

@@ -51,10 +51,13 @@ class AnalyseConfig(Section):
     was singular."""
 
     workers: PositiveInt = 1
-    """Ray workers that share the pictures; what they find does not depend on their number."""
+    """Ray workers that share the pictures, batch by batch; what they find does not depend on their
+    number. Each holds the sums of all blocks in its machine's own memory, for Qwen-Image at least
+    35 GiB."""
 
     batch_size: PositiveInt = 64
-    """Pictures in one pass of the teacher; what is drawn for each depends on it."""
+    """Pictures that noise is drawn for together; what is drawn for each depends on it. They pass
+    through the teacher a few at a time where they are large (search/passes.py)."""
 
     replacements: PositiveInt = 48
     """Replacements nominated for the library at most; those of the plans that a search starts from

@@ -74,9 +74,10 @@ class Measurer:
         wanted = wanted_maps(self._family, self._settings, self._candidates)
         tokens = share(self._config.tokens, self._batches)
         for done, (number, inputs, _) in enumerate(self._calibration(), start=1):
-            self._statistics.add(
-                gather(self._teacher, self._family, inputs, number, wanted, tokens, self._seed)
-            )
+            gather(
+                self._statistics, self._teacher, self._family, inputs, number, wanted, tokens,
+                self._seed,
+            )  # fmt: skip
             self._progress.update(done, 2 * self._own)
 
     def take(self, block: int) -> Statistics:

@@ -13,11 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
+from search.passes import passes
 from trainers.data.latents import generator_at
 from trainers.students.families.base import Config, Family, Inputs, MapPair, State
-from trainers.students.fits import MapSums, map_tokens
+from trainers.students.fits import MapSums, add_sums, map_tokens
 
 STREAMS = ("image", "text")
 
@@ -37,25 +38,22 @@ class Statistics:
         """Adds another part's, in place; batches must differ."""
         for mine, theirs in ((self.maps, other.maps), (self.probes, other.probes)):
             for key, sums in theirs.items():
-                if key in mine:
-                    mine[key].add(sums)
-                else:
-                    mine[key] = sums
+                add_sums(mine, key, sums)
         self.sampled |= other.sampled
 
     def take(self, block: int | None) -> Statistics:
-        """Removes and returns the sums of one block, or with None the sampled states; on the CPU,
-        for whichever worker solves them."""
+        """Removes and returns the sums of one block, or with None the sampled states, for whichever
+        worker solves them."""
         if block is None:
             taken, self.sampled = Statistics(sampled=self.sampled), {}
             return taken
         taken = Statistics()
         for mine, its in ((self.maps, taken.maps), (self.probes, taken.probes)):
             for key in [key for key in mine if key[0] == block]:
-                its[key] = mine.pop(key).to("cpu")
+                its[key] = mine.pop(key)
         return taken
 
-    def to(self, device: torch.device) -> Statistics:
+    def to(self, device: torch.device | str) -> Statistics:
         """These sums on a device."""
         return Statistics(
             {key: sums.to(device) for key, sums in self.maps.items()},
@@ -72,6 +70,7 @@ class Statistics:
 
 @torch.no_grad()
 def gather(
+    total: Statistics,
     teacher: nn.Module,
     family: Family,
     inputs: Inputs,
@@ -79,43 +78,51 @@ def gather(
     wanted: Mapping[int, Collection[str]],
     tokens: int,
     seed: int,
-) -> Statistics:
-    """The statistics of one batch, in one pass: the maps `wanted` of each block, the probes, and
-    the states of `tokens` tokens of each stream, drawn by the number of the batch."""
-    found = Statistics()
-    state, context = family.begin(teacher, inputs)
+) -> None:
+    """Adds the statistics of one batch, in one pass: the maps `wanted` of each block, the probes,
+    and the states of `tokens` tokens of each stream, drawn by the number of the batch.
+
+    Block after block, so that the teacher's device holds the sums of one block, and the states of
+    the batch before it; the total stays on the CPU.
+    """
+    parts = [inputs.rows(rows) for rows in passes(inputs)]
+    begun = (family.begin(teacher, part) for part in parts)
+    states, contexts = (list(column) for column in zip(*begun, strict=True))
     generator = generator_at(seed, batch, "tokens")
-    chosen = {
-        name: torch.randperm(len(_tokens(state, inputs, name)), generator=generator)[:tokens]
-        for name in STREAMS
-    }
-    for name in STREAMS:
-        found.sampled[name, batch] = [_sampled(state, inputs, name, chosen[name])]
+    chosen = {name: _drawn(states, parts, name, tokens, generator) for name in STREAMS}
+
+    def sampled(name: str) -> Tensor:
+        drawn = zip(states, parts, chosen[name], strict=True)
+        return torch.cat([_sampled(state, part, name, some) for state, part, some in drawn])
+
+    samples = {name: [sampled(name)] for name in STREAMS}
     for i, block in enumerate(family.block_modules(teacher)):
-        after, pairs = family.map_pairs(block, state, context)
-        for name in sorted(set(wanted.get(i, ())) & set(pairs)):
-            found.maps[i, name] = MapSums.of(*map_tokens(pairs[name], inputs.mask_BM))
-        for name, pair in (
-            ("image", MapPair(state.image_BND, after.image_BND - state.image_BND, text=False)),
-            ("text", MapPair(state.text_BMD, after.text_BMD - state.text_BMD, text=True)),
-        ):
-            found.probes[i, name] = MapSums.of(*map_tokens(pair, inputs.mask_BM))
-            found.sampled[name, batch].append(_sampled(after, inputs, name, chosen[name]))
-        state = after
-    return found
+        own = Statistics()
+        for n, part in enumerate(parts):
+            state = states[n]
+            after, pairs = family.map_pairs(block, state, contexts[n])
+            for name in sorted(set(wanted.get(i, ())) & set(pairs)):
+                add_sums(own.maps, (i, name), MapSums.of(*map_tokens(pairs[name], part.mask_BM)))
+            for name, pair in (
+                ("image", MapPair(state.image_BND, after.image_BND - state.image_BND, text=False)),
+                ("text", MapPair(state.text_BMD, after.text_BMD - state.text_BMD, text=True)),
+            ):
+                add_sums(own.probes, (i, name), MapSums.of(*map_tokens(pair, part.mask_BM)))
+            states[n] = after
+        total.add(own.to("cpu"))
+        for name in STREAMS:
+            samples[name].append(sampled(name))
+    total.sampled |= {(name, batch): samples[name] for name in STREAMS}
 
 
 def memory(
     config: Config, family: Family, wanted: Mapping[int, Collection[str]], tokens: int
 ) -> int:
-    """Bytes that the statistics of a teacher take, solving them included; its weights and the
-    activations of one batch come on top."""
+    """Bytes of a machine's own memory that the statistics of a teacher take, in each worker."""
     width, blocks = family.width(config), family.blocks(config)
     systems = 2 * blocks + sum(len(names) for names in wanted.values())
     samples = 2 * (blocks + 1) * tokens * width * 4
-    kernels = 2 * blocks * tokens**2 * 4
-    solving = 4 * width**2 * 8
-    return systems * 2 * width**2 * 8 + samples + kernels + solving
+    return systems * 2 * width**2 * 8 + samples
 
 
 def cosine_influence(states: Sequence[Tensor]) -> Tensor:
@@ -138,6 +145,17 @@ def _tokens(state: State, inputs: Inputs, stream: str) -> Tensor:
         return state.image_BND.flatten(0, 1).float()
     text_BMD = state.text_BMD.float()
     return text_BMD.flatten(0, 1) if inputs.mask_BM is None else text_BMD[inputs.mask_BM]
+
+
+def _drawn(
+    states: Sequence[State], parts: Sequence[Inputs], stream: str, tokens: int, generator: Generator
+) -> list[Tensor]:
+    """Numbers of each part's tokens that are sampled, drawn from those of the whole batch."""
+    counts = [len(_tokens(*part, stream)) for part in zip(states, parts, strict=True)]
+    chosen_T = torch.randperm(sum(counts), generator=generator)[:tokens]
+    ends = itertools.accumulate(counts)
+    firsts = [(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    return [chosen_T[(first <= chosen_T) & (chosen_T < end)] - first for first, end in firsts]
 
 
 def _sampled(state: State, inputs: Inputs, stream: str, chosen: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     taken = memory(settings, family, wanted, config.tokens)
     said = (
         f"{sweep.teacher_blocks} blocks, {len(sweep.analysed)} candidate replacements, "
-        f"statistics of {words.memory(taken)}"
+        f"statistics of {words.memory(taken)} in host memory"
     )
     analysis = load_analysis(sweep.store, sweep.analysis_prefix)
     if analysis is not None and analysis.ridged:

@@ -57,11 +57,7 @@ def gather_maps(
                 continue
             state, pairs = family.map_pairs(block, state, context)
             for name in sorted(set(wanted[i]) & set(pairs)):
-                found = MapSums.of(*map_tokens(pairs[name], inputs.mask_BM))
-                if (i, name) in sums:
-                    sums[i, name].add(found)
-                else:
-                    sums[i, name] = found
+                add_sums(sums, (i, name), MapSums.of(*map_tokens(pairs[name], inputs.mask_BM)))
     return sums
 
 
@@ -194,6 +190,14 @@ class MapSums:
     def _centred(self) -> tuple[Tensor, Tensor]:
         gram_DD = self.gram_DD - self.read_D.outer(self.read_D) / self.count
         return gram_DD, self.cross_DD - self.read_D.outer(self.added_D) / self.count
+
+
+def add_sums(total: dict[tuple[int, str], MapSums], key: tuple[int, str], sums: MapSums) -> None:
+    """Adds another part's under their block and name, in place."""
+    if key in total:
+        total[key].add(sums)
+    else:
+        total[key] = sums
 
 
 _TENSORS = ("read_D", "added_D", "gram_DD", "cross_DD", "square")
