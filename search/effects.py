@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainers.students.families.base import Config, Context, Family, Inputs, State
+from search.passes import passes
+from trainers.students.families.base import Config, Family, Inputs, State
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import Fits, make_block
 
@@ -99,20 +100,43 @@ def measure(
     probes: Probes,
     fits: Fits,
 ) -> None:
-    """Adds the effects of one batch, whose pictures are in the time bands `bands_B`."""
+    """Adds the effects of one batch, whose pictures are in the time bands `bands_B`.
+
+    The states between blocks are made once more rather than kept from the pass that gives the
+    velocity: one pass more beside one for each change, and no state of 60 blocks to hold.
+    """
+    effects.pictures += torch.bincount(bands_B, minlength=len(effects.pictures))
+    for rows in passes(inputs):
+        _measure(effects, teacher, family, inputs.rows(rows), bands_B[rows], probes, fits)
+
+
+def _measure(
+    effects: Effects,
+    teacher: nn.Module,
+    family: Family,
+    inputs: Inputs,
+    bands_B: Tensor,
+    probes: Probes,
+    fits: Fits,
+) -> None:
     blocks = list(family.block_modules(teacher))
-    states, context = _states(teacher, family, blocks, inputs)
-    velocity_BNC = family.end(teacher, states[-1], context).float()
+    config: Config = dict(cast("Any", teacher).config)
+    state, context = family.begin(teacher, inputs)
+
+    def velocity(state: State, first: int) -> Tensor:
+        """Of the rest of the teacher, whose first block is `first`."""
+        for module in blocks[first:]:
+            state = family.run_block(module, state, context)
+        return family.end(teacher, state, context).float()
+
+    velocity_BNC = velocity(state, 0)
 
     def change(state: State, after: int) -> Tensor:
         """Mean squared change of each picture's velocity if `state` came after block `after`."""
-        for module in blocks[after + 1 :]:
-            state = family.run_block(module, state, context)
-        other_BNC = family.end(teacher, state, context).float()
+        other_BNC = velocity(state, after + 1)
         return (other_BNC - velocity_BNC).square().mean(dim=(1, 2)).double().cpu()
 
-    effects.pictures += torch.bincount(bands_B, minlength=len(effects.pictures))
-    for i, state in enumerate(states[:-1]):
+    for i, block in enumerate(blocks):
         effects.left_out[i].index_add_(0, bands_B, change(state, i))
         if i > 0:
             after = State(
@@ -120,26 +144,14 @@ def measure(
                 probed(state.image_BND, probes[i, "image"]),
             )
             effects.probed[i] += change(after, i).sum()
-    config: Config = dict(cast("Any", teacher).config)
-    for variant in effects.variants:
-        i = variant.span[0]
-        changed = make_block(family, config, blocks, variant, fits=fits)
-        after = family.run_block(changed, states[i], context)
-        effects.variants[variant] += float(change(after, i).sum())
+        for variant in effects.variants:
+            if variant.span[0] == i:
+                changed = make_block(family, config, blocks, variant, fits=fits)
+                after = family.run_block(changed, state, context)
+                effects.variants[variant] += float(change(after, i).sum())
+        state = family.run_block(block, state, context)
 
 
 def probed(state_BND: Tensor, probe_DD: Tensor) -> Tensor:
     """The state after a block, by its residual linear probe."""
     return state_BND + state_BND @ probe_DD.to(state_BND)
-
-
-def _states(
-    teacher: nn.Module, family: Family, blocks: Sequence[nn.Module], inputs: Inputs
-) -> tuple[list[State], Context]:
-    """The states before the first block and after each."""
-    state, context = family.begin(teacher, inputs)
-    states = [state]
-    for module in blocks:
-        state = family.run_block(module, state, context)
-        states.append(state)
-    return states, context

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from benchmarks.memory import DeviceMemory, PeakMemory
 from search import passes
 from search.analyse import AnalyseConfig
+from search.effects import Effects, measure
 from search.redundancy import Measurer, analyse, wanted_maps
 from search.space import candidates
-from search.statistics import Statistics, gather, memory
+from search.statistics import STREAMS, Statistics, gather, memory
 from tests.search.test_redundancy import CANDIDATES, CONFIG, same_analysis
 from tests.trainers.small import load_transformer, small_latents
 from tests.trainers.students.tiny import QWEN_IMAGE
@@ -63,6 +64,17 @@ def gathering(teacher: nn.Module, inputs: Inputs) -> int:
     return held.peak
 
 
+def measuring(teacher: nn.Module, inputs: Inputs) -> int:
+    blocks, count = len(FAMILY.block_modules(teacher)), len(inputs.noisy_BNC)
+    effects = Effects.none(blocks, 1, [])
+    probes = {
+        (i, name): torch.zeros(1, 1).expand(WIDTH, WIDTH) for i in range(blocks) for name in STREAMS
+    }
+    with DeviceMemory() as held:
+        measure(effects, teacher, FAMILY, inputs, torch.zeros(count, dtype=torch.long), probes, {})
+    return held.peak
+
+
 @pytest.mark.usefixtures("fused")
 def test_qwen_image_is_analysed_on_a_gpu_of_80_gb() -> None:
     whole = identity_plan(FAMILY.name, FAMILY.blocks(FAMILY.published))
@@ -77,13 +89,18 @@ def test_qwen_image_is_analysed_on_a_gpu_of_80_gb() -> None:
     state = 2 * (image + 2 * TEXT) * WIDTH  # of a picture; text also modulated
     sums = (2 + len(WANTED[1])) * 2 * WIDTH**2 * 8  # of one block
     assert gathered < given + batch * state + most + sums
+    # Beside the pass the state before the block, and the changed one of the last.
+    assert measuring(real(4), inputs.rows(slice(0, 8))) < given + 2 * 4 * state + most
     assert weights + gathered < 0.7 * USED * GPUS["H100-80GB"].gib * 2**30
 
 
 @pytest.mark.usefixtures("fused")
-def test_the_device_holds_no_more_for_more_blocks() -> None:
-    seven = pictures(7, 1024)
+def test_the_device_holds_no_more_for_more_blocks_or_more_pictures() -> None:
+    seven, more = pictures(7, 1024), pictures(21, 1024)
     assert gathering(real(3), seven) == gathering(real(5), seven)
+    assert measuring(real(4), seven) == measuring(real(6), seven)
+    given = more.noisy_BNC.nbytes + more.embeds_BMD.nbytes
+    assert measuring(real(4), more) - measuring(real(4), seven) < given
 
 
 def test_sums_of_more_batches_take_no_second_set() -> None:
