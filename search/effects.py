@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from search.passes import passes
+from trainers.passes import passes
 from trainers.students.families.base import Config, Family, Inputs, State
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import Fits, make_block

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor, nn
 
-from search.passes import passes
 from trainers.data.latents import generator_at
+from trainers.passes import passes
 from trainers.students.families.base import Config, Family, Inputs, MapPair, State
 from trainers.students.fits import MapSums, add_sums, map_tokens
 

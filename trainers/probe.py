@@ -45,7 +45,7 @@ class ProbeConfig(Section):
     """Every picture is seen at each of so many times, spread evenly from data to noise."""
 
     batch_size: PositiveInt = 64
-    """Pictures in one pass of a model."""
+    """Pictures in one pass of a model, at most; of large ones fewer."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def make_probe(
 
     from trainers.data.latents import generator_at, make_inputs
     from trainers.flow import grid_timesteps
+    from trainers.passes import passes
 
     if not latents.held_out:
         raise DataError("data.held_out: 0 pictures are held out; fidelity needs at least one")
@@ -88,8 +89,9 @@ def make_probe(
             noise_BNC = torch.randn(batch.clean_BNC.shape, generator=generator)
             batch = batch.to(example.device, example.dtype)
             inputs = make_inputs(batch, torch.full((len(batch),), t), noise_BNC.to(batch.clean_BNC))
-            with torch.no_grad():
-                chunks.append(ProbeChunk(inputs, family.forward(teacher, inputs)))
+            for part in (inputs.rows(rows) for rows in passes(inputs)):
+                with torch.no_grad():
+                    chunks.append(ProbeChunk(part, family.forward(teacher, part)))
     return FidelityProbe(tuple(chunks))
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.memory import DeviceMemory, PeakMemory
-from search import passes
 from search.analyse import AnalyseConfig
 from search.effects import Effects, measure
 from search.redundancy import Measurer, analyse, wanted_maps
@@ -20,6 +19,7 @@ from search.statistics import STREAMS, Statistics, gather, memory
 from tests.search.test_redundancy import CANDIDATES, CONFIG, same_analysis
 from tests.trainers.small import load_transformer, small_latents
 from tests.trainers.students.tiny import QWEN_IMAGE
+from trainers import passes
 from trainers.estimate import GPUS, USED, Pictures, passing_memory
 from trainers.students.counts import plan_parameters
 from trainers.students.families import FAMILIES

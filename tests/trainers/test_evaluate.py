@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from storage.store import open_store
 from tests.trainers.small import load_transformer, small_latents
 from trainers.data.sources import DataError
 from trainers.evaluate import (
@@ -19,6 +22,7 @@ from trainers.evaluate import (
     make_probe,
     replacement_damages,
 )
+from trainers.probe import shared_probe
 from trainers.students.families import FAMILIES
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block
@@ -81,6 +85,27 @@ def test_the_probe_is_the_same_for_the_same_seed(teacher: nn.Module, probe: Fide
     ]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
+
+
+def test_large_pictures_pass_a_few_at_a_time_with_the_same_noise(
+    teacher: nn.Module, probe: FidelityProbe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainers.passes.TOKENS", 2 * (16 + 6))
+    store = open_store(str(tmp_path))
+    source = SimpleNamespace(digest="t", family=FAMILY)
+    for _ in range(2):  # made, then read
+        found = shared_probe(
+            store, cast("Any", source), teacher, small_latents(), "encoded/x", CONFIG, 0
+        )
+        assert {len(chunk.velocity_BNC) for chunk in found.chunks} == {1, 2}
+        for name in ("noisy_BNC", "timestep_B"):
+            whole, parts = (
+                torch.cat([getattr(chunk.inputs, name) for chunk in p.chunks])
+                for p in (probe, found)
+            )
+            assert torch.equal(parts, whole)
+        velocities = [torch.cat([c.velocity_BNC for c in p.chunks]) for p in (found, probe)]
+        torch.testing.assert_close(*velocities)
 
 
 def test_nothing_held_out_is_refused(teacher: nn.Module):

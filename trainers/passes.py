@@ -1,4 +1,4 @@
-"""How much of a batch is in the teacher at once while it is measured."""
+"""How much of a batch is in a model at once while something is measured."""
 
 from __future__ import annotations
 
