@@ -108,7 +108,7 @@ def apply_setting(document: dict[str, Any], setting: str) -> None:
 
 
 def drop_empty(document: dict[str, Any], section: type[BaseModel]) -> None:
-    """Takes out sections of which nothing is said, all of whose lines are comments say."""
+    """Takes out sections of which nothing is said, as when all of their lines are comments."""
     for name, field in section.model_fields.items():
         below = field.annotation
         if not (isinstance(below, type) and issubclass(below, BaseModel)):

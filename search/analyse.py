@@ -57,7 +57,7 @@ class AnalyseConfig(Section):
 
     batch_size: PositiveInt = 64
     """Pictures that noise is drawn for together; what is drawn for each depends on it. They pass
-    through the teacher a few at a time where they are large (search/passes.py)."""
+    through the teacher a few at a time where they are large (trainers/passes.py)."""
 
     replacements: PositiveInt = 48
     """Replacements nominated for the library at most; those of the plans that a search starts from

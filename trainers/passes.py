@@ -11,7 +11,7 @@ a side. Enough for a GPU to be busy; a pass of Qwen-Image then takes 2.7 GiB bes
 
 
 def passes(inputs: Inputs) -> list[slice]:
-    """Rows of a batch that pass through the teacher together. They depend on the batch alone, not
+    """Rows of a batch that pass through a model together. They depend on the batch alone, not
     on the device, so that every machine sums up the same parts."""
     count = len(inputs.noisy_BNC)
     most = max(1, TOKENS // (inputs.noisy_BNC.shape[1] + inputs.embeds_BMD.shape[1]))
