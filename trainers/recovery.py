@@ -434,6 +434,8 @@ def _span_backward(
     starts = {block.span[0] for _, block in blocks}
     last = student.replaced[-1].block.span[1] + 1
     total = inputs.noisy_BNC.new_zeros((), dtype=torch.float32)
+    # FSDP puts a gradient off in float32 and takes the last as computed: it reduces no mixture.
+    low = inputs.noisy_BNC.dtype != torch.float32
     before: State | None = None
 
     def visit(edge: int, state: State) -> None:
@@ -451,7 +453,7 @@ def _span_backward(
                         aim, mask_BM = state.rows(rows), part.mask_BM
                         loss = span_loss(reached, aim, mask_BM, phase.magnitude, text, whole)
                         loss = loss / len(student.replaced)
-                        _reduce_root(student, last=edge == last and rows is parts[-1])
+                        _reduce_root(student, last=low or (edge == last and rows is parts[-1]))
                         loss.backward()
                         total.add_(loss.detach())
                 if own:

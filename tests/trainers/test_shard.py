@@ -13,6 +13,8 @@ from tests.trainers.students.tiny import FAMILY_TEACHERS, Tiny
 from trainers import sharded
 from trainers.distilled import Distilled, Observed
 from trainers.optimizer import adamw
+from trainers.recovery import Example, backward, set_trainable
+from trainers.schedule import Phase
 from trainers.sharded import shard
 from trainers.students.families.base import State
 from trainers.students.surgery import assemble
@@ -81,3 +83,33 @@ def test_weights_gradients_and_moments_are_float32_under_half_precision():
     held = optimizer.state[weight]
     kinds = {weight.dtype, weight.grad.dtype, held["exp_avg"].dtype, held["exp_avg_sq"].dtype}
     assert kinds == {torch.float32}
+
+
+@pytest.mark.parametrize("smallest", [0, 2**22], ids=["block by block", "together"])
+def test_replacements_learn_one_after_another_in_low_precision(
+    smallest: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A gradient that is put off until the last one's is in float32, and the last as computed."""
+    monkeypatch.setattr(sharded, "SMALLEST_UNIT", smallest)
+    half, tiny = torch.bfloat16, FAMILY_TEACHERS[0]
+    inputs = tiny.inputs(padded=False)
+    inputs = replace(
+        inputs,
+        noisy_BNC=inputs.noisy_BNC.to(half),
+        timestep_B=inputs.timestep_B.to(half),
+        embeds_BMD=inputs.embeds_BMD.to(half),
+    )
+    observed = Observed(tiny.family, tiny.model().to(half))
+    student = Distilled(tiny.family, assemble(tiny.model(), tiny.cut), tiny.cut)
+    for module in (observed, student):
+        shard(module, torch.device("cpu"), half)
+    phase = Phase(loss="span", steps=1, lr=1e-3)
+    set_trainable(student, phase)
+    example = Example(inputs, inputs.noisy_BNC, inputs.noisy_BNC)
+    loss = backward(student, observed, example, phase, lambda value: value)
+    assert loss.isfinite()
+    assert len(student.replaced) > 1
+    for replaced in student.replaced:
+        gradients = [p.grad for p in student.blocks[replaced.place].parameters()]
+        assert any(g is not None and g.to_local().abs().max() > 0 for g in gradients)
+        assert {g.dtype for g in gradients if g is not None} == {torch.float32}
