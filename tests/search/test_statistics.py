@@ -111,8 +111,10 @@ def test_memory_counts_what_is_held(teacher: nn.Module, batches: list[Inputs]) -
     samples = [t for stream in STREAMS for t in held.samples(stream)]
     states = sum(tensor.numel() * tensor.element_size() for tensor in samples)
     tokens = len(held.samples("image")[0])
-    # The first block's text can have no projection, which the estimate does not know.
-    assert memory(config, FAMILY, wanted, tokens) == pytest.approx(matrices + states, rel=0.03)
+    # Short captions have fewer tokens than are asked for, which the estimate does not know.
+    missing = tokens - len(held.samples("text")[0])
+    unknown = (FAMILY.blocks(config) + 1) * missing * FAMILY.width(config) * 4
+    assert memory(config, FAMILY, wanted, tokens) == matrices + states + unknown
 
 
 def test_least_squares_is_that_of_the_full_data() -> None:
