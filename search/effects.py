@@ -105,20 +105,12 @@ def measure(
     The states between blocks are made once more rather than kept from the pass that gives the
     velocity: one pass more beside one for each change, and no state of 60 blocks to hold.
     """
+    parts = passes(inputs)
+    if len(parts) > 1:
+        for rows in parts:
+            measure(effects, teacher, family, inputs.rows(rows), bands_B[rows], probes, fits)
+        return
     effects.pictures += torch.bincount(bands_B, minlength=len(effects.pictures))
-    for rows in passes(inputs):
-        _measure(effects, teacher, family, inputs.rows(rows), bands_B[rows], probes, fits)
-
-
-def _measure(
-    effects: Effects,
-    teacher: nn.Module,
-    family: Family,
-    inputs: Inputs,
-    bands_B: Tensor,
-    probes: Probes,
-    fits: Fits,
-) -> None:
     blocks = list(family.block_modules(teacher))
     config: Config = dict(cast("Any", teacher).config)
     state, context = family.begin(teacher, inputs)
