@@ -16,7 +16,7 @@ from trainers.optimizer import adamw
 from trainers.recovery import Example, backward, set_trainable
 from trainers.schedule import Phase
 from trainers.sharded import shard
-from trainers.students.families.base import State
+from trainers.students.families.base import Inputs, State
 from trainers.students.surgery import assemble
 
 
@@ -29,20 +29,25 @@ def group() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+def in_half(tiny: Tiny) -> Inputs:
+    """Its inputs in bfloat16."""
+    half, inputs = torch.bfloat16, tiny.inputs(padded=False)
+    return replace(
+        inputs,
+        noisy_BNC=inputs.noisy_BNC.to(half),
+        timestep_B=inputs.timestep_B.to(half),
+        embeds_BMD=inputs.embeds_BMD.to(half),
+        pooled_BP=None if inputs.pooled_BP is None else inputs.pooled_BP.to(half),
+    )
+
+
 @pytest.mark.parametrize("tiny", FAMILY_TEACHERS, ids=lambda tiny: tiny.name)
 @pytest.mark.parametrize("smallest", [0, 2**22], ids=["block by block", "together"])
 def test_sharding_changes_nothing_in_low_precision(
     tiny: Tiny, smallest: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sharded, "SMALLEST_UNIT", smallest)
-    half, inputs = torch.bfloat16, tiny.inputs(padded=False)
-    inputs = replace(
-        inputs,
-        noisy_BNC=inputs.noisy_BNC.to(half),
-        timestep_B=inputs.timestep_B.to(half),
-        embeds_BMD=inputs.embeds_BMD.to(half),
-        pooled_BP=inputs.pooled_BP.to(half),
-    )
+    half, inputs = torch.bfloat16, in_half(tiny)
     model = tiny.model().to(half)
     student = assemble(model, tiny.cut)
     expected = [tiny.family.forward(each, inputs) for each in (model, student)]
@@ -68,13 +73,7 @@ def test_weights_gradients_and_moments_are_float32_under_half_precision():
     student.blocks[0].attn.to_q.register_forward_pre_hook(
         lambda module, arguments: seen.extend([module.weight.dtype, arguments[0].dtype])
     )
-    inputs = tiny.inputs(padded=False)
-    inputs = replace(
-        inputs,
-        noisy_BNC=inputs.noisy_BNC.to(half),
-        timestep_B=inputs.timestep_B.to(half),
-        embeds_BMD=inputs.embeds_BMD.to(half),
-    )
+    inputs = in_half(tiny)
     student(inputs).float().square().mean().backward()
     assert seen == [half, half]
     optimizer = adamw(student.parameters(), 1e-3)
@@ -92,13 +91,7 @@ def test_replacements_learn_one_after_another_in_low_precision(
     """A gradient that is put off until the last one's is in float32, and the last as computed."""
     monkeypatch.setattr(sharded, "SMALLEST_UNIT", smallest)
     half, tiny = torch.bfloat16, FAMILY_TEACHERS[0]
-    inputs = tiny.inputs(padded=False)
-    inputs = replace(
-        inputs,
-        noisy_BNC=inputs.noisy_BNC.to(half),
-        timestep_B=inputs.timestep_B.to(half),
-        embeds_BMD=inputs.embeds_BMD.to(half),
-    )
+    inputs = in_half(tiny)
     observed = Observed(tiny.family, tiny.model().to(half))
     student = Distilled(tiny.family, assemble(tiny.model(), tiny.cut), tiny.cut)
     for module in (observed, student):
