@@ -16,8 +16,9 @@ from trainers.teacher import Teacher
 POLL_SECONDS = 0.5
 
 
-def measure_apart(sweep: Sweep, progress: Progress) -> None:
-    """Measures the sweep's teacher on `analyse.workers` actors and publishes what they find.
+def measure_apart(sweep: Sweep, progress: Progress, memory: int) -> None:
+    """Measures the sweep's teacher on `analyse.workers` actors, each with `memory` bytes of its
+    machine's, and publishes what they find.
 
     A block's sums meet at one of them, block after block, so that the object store never holds
     more than those of a few blocks.
@@ -29,6 +30,7 @@ def measure_apart(sweep: Sweep, progress: Progress) -> None:
     actor_class = ray.remote(MeasuringActor).options(
         num_cpus=share.num_cpus,
         num_gpus=share.num_gpus,
+        memory=memory,
         scheduling_strategy="SPREAD",
         max_concurrency=2,  # one thread measures, one answers how far it is
     )

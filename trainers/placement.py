@@ -31,6 +31,15 @@ class Share:
         torch.set_num_threads(self.threads)
 
 
+def room_for(workers: int, memory: int) -> bool:
+    """Whether the running cluster's machines hold so many workers, each of which needs `memory`
+    bytes of its machine's own memory."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(machine.get("memory", 0.0)) // memory for machine in machines) >= workers
+
+
 def share_of(workers: int, accelerator: Accelerator) -> Share:
     """An equal share for each of `workers` processes of the running cluster.
 

@@ -94,8 +94,9 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
     from search.tracking.track import Trackers
 
     trackers = Trackers(opened)
-    for stage in stages:
-        if stage.check is not None and stage.state(opened) != "done":
+    due = [stage for stage in stages if stage.state(opened) != "done"]
+    for stage in due:
+        if stage.check is not None:
             with explained(stage.name):
                 stage.check(opened)
     opened.claim()
@@ -112,6 +113,9 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
                 if stage.needs_cluster(opened) and not joined:
                     stack.enter_context(core_kept_quiet())
                     stack.enter_context(connected(opened.config.accelerator))
+                    for later in due:
+                        if later.check_cluster is not None:
+                            later.check_cluster(opened)
                     joined = True
                 record = run_stage(stage, opened, progress)
             view.finish(stage.name, record.summary, record.seconds)

@@ -9,6 +9,7 @@ from search.report import words
 from search.stages.place import Site, place
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
+from trainers.placement import PlacementError, room_for
 from trainers.progress import Progress
 from trainers.students.plan import BlockPlan
 from trainers.teacher import Teacher
@@ -16,17 +17,16 @@ from trainers.teacher import Teacher
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
     from search.measuring import measure_apart
-    from search.redundancy import wanted_maps
-    from search.statistics import memory
 
-    config = sweep.config.analyse
+    config, memory = sweep.config.analyse, _memory(sweep)
     if config.workers > 1:
-        measure_apart(sweep, progress)
+        measure_apart(sweep, progress, memory)
     else:
         place(
             sweep,
             _measure,
             progress,
+            memory=memory,
             teacher=sweep.teacher,
             encoded=sweep.encoded_prefix,
             candidates=sweep.analysed,
@@ -34,17 +34,35 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             seed=sweep.config.seed,
             out=sweep.analysis_prefix,
         )
-    family, settings = sweep.teacher.family, sweep.teacher.config
-    wanted = wanted_maps(family, settings, sweep.analysed)
-    taken = memory(settings, family, wanted, config.tokens)
     said = (
         f"{sweep.teacher_blocks} blocks, {len(sweep.analysed)} candidate replacements, "
-        f"statistics of {words.memory(taken)} in host memory"
+        f"statistics of {words.memory(memory)} in host memory"
     )
     analysis = load_analysis(sweep.store, sweep.analysis_prefix)
     if analysis is not None and analysis.ridged:
         said += f"; singular fits, ridged: {analysis.ridged} (more analyse.pictures help)"
     return Outcome(said, {})
+
+
+def _memory(sweep: Sweep) -> int:
+    """Bytes of its machine's own memory that each worker needs at least."""
+    from search.redundancy import wanted_maps
+    from search.statistics import memory
+
+    family, settings = sweep.teacher.family, sweep.teacher.config
+    wanted = wanted_maps(family, settings, sweep.analysed)
+    return memory(settings, family, wanted, sweep.config.analyse.tokens)
+
+
+def _check_cluster(sweep: Sweep) -> None:
+    """PlacementError when the statistics do not fit into the cluster's machines."""
+    workers, memory = sweep.config.analyse.workers, _memory(sweep)
+    if not room_for(workers, memory):
+        raise PlacementError(
+            f"analyse: the statistics of this teacher take {words.memory(memory)} of a machine's "
+            f"own memory for each of {workers} workers (analyse.workers), more than the machines "
+            "of the Ray cluster offer; ask for fewer, or add a machine with more memory"
+        )
 
 
 def _measure(
@@ -76,5 +94,6 @@ ANALYSE = Stage(
     digest=lambda sweep: sweep.analysis_digest,
     shared=lambda sweep: sweep.analysis_prefix,
     run=run,
+    check_cluster=_check_cluster,
     placed=lambda sweep: sweep.config.analyse.workers == 1,
 )

@@ -17,12 +17,19 @@ class Site:
         self.store, self.device, self.progress = store, device, progress
 
 
-def place(sweep: Sweep, work: Callable[..., None], progress: Progress, **arguments: Any) -> None:
+def place(
+    sweep: Sweep,
+    work: Callable[..., None],
+    progress: Progress,
+    *,
+    memory: int = 0,
+    **arguments: Any,
+) -> None:
     """Calls `work(site, **arguments)`, which leaves what it makes in the store.
 
     On CPUs in this process, with all its threads: a worker would only start up beside it. With
-    `accelerator: gpu` on whichever machine has a GPU, because this one may have none; progress is
-    not carried from there.
+    `accelerator: gpu` on whichever machine has a GPU, because this one may have none, and `memory`
+    bytes beside it; progress is not carried from there.
     """
     if sweep.config.accelerator == "cpu":
         work(Site(sweep.store, "cpu", progress), **arguments)
@@ -30,7 +37,7 @@ def place(sweep: Sweep, work: Callable[..., None], progress: Progress, **argumen
     import ray
 
     # One call a process: an idle one would keep the GPU's memory, which Ray gives to the next.
-    remote = ray.remote(num_gpus=1, max_calls=1)(_remotely)
+    remote = ray.remote(num_gpus=1, memory=memory, max_calls=1)(_remotely)
     ray.get(remote.remote(work, sweep.store.url, sweep.config.store, arguments))
 
 

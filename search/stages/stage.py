@@ -50,6 +50,8 @@ class Stage:
     stages after it do with what there is."""
     check: Callable[[Sweep], object] | None = None
     """Finds, before any worker starts, what is wrong with the stage's input."""
+    check_cluster: Callable[[Sweep], object] | None = None
+    """Finds, as soon as there is a cluster, that it has no room for the stage."""
     wanted: Callable[[Sweep], bool] = lambda _: True
     """Whether the stages after it need its output."""
     placed: Callable[[Sweep], bool] = lambda _: False

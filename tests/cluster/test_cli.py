@@ -17,10 +17,11 @@ from cluster.cli.main import app
 from cluster.cli.run import run_stages
 from cluster.configfile import keys_of
 from search.config import SweepConfig
-from search.stages import STAGES, stage_named
+from search.stages import STAGES, stage_named, stages_of
 from storage.errors import EspalierError
 from tests.cluster.verbs import commands
 from tests.hub import COMMIT, Hub
+from trainers.placement import PlacementError
 from trainers.students.counts import plan_parameters
 from trainers.students.families import family_named
 from trainers.students.plan import BlockPlan, Plan, identity_plan, uniform_plan
@@ -444,6 +445,16 @@ def test_a_check_that_breaks_is_a_failed_stage(
         run_stages(opened, [stage], as_json=False)
     assert caught.value.exit_code == 3
     assert "espalier: encode: failed: the hub is down" in capsys.readouterr().err
+
+
+def test_a_stage_without_room_is_refused_before_those_before_it_run(
+    tmp_path: Path, tiny_pipeline: Path
+) -> None:
+    # Sampled states of some terabytes.
+    opened = open_config(sweep_file(tmp_path, tiny_pipeline), ["analyse.tokens=10000000000"])
+    with pytest.raises(PlacementError, match="analyse: the statistics of this teacher take"):
+        run_stages(opened, stages_of(opened), as_json=False)
+    assert stage_named("encode").state(opened) == "missing"
 
 
 def test_an_error_that_ray_carried_is_still_one_sentence() -> None:
