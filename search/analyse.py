@@ -51,9 +51,9 @@ class AnalyseConfig(Section):
     was singular."""
 
     workers: PositiveInt = 1
-    """Ray workers that share the pictures, batch by batch; what they find does not depend on their
-    number. Each holds the sums of all blocks in its machine's own memory, for Qwen-Image at least
-    35 GiB."""
+    """Ray workers that share the pictures, as many at a time as pass through the teacher together;
+    what they find does not depend on their number. Each holds the sums of all blocks in its
+    machine's own memory, for Qwen-Image at least 35 GiB."""
 
     batch_size: PositiveInt = 64
     """Pictures that noise is drawn for together; what is drawn for each depends on it. They pass

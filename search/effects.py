@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trainers.passes import passes
 from trainers.students.families.base import Config, Family, Inputs, State
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import Fits, make_block
@@ -100,16 +99,11 @@ def measure(
     probes: Probes,
     fits: Fits,
 ) -> None:
-    """Adds the effects of one batch, whose pictures are in the time bands `bands_B`.
+    """Adds the effects of what passes together, pictures in the time bands `bands_B`.
 
     The states between blocks are made once more rather than kept from the pass that gives the
     velocity: one pass more beside one for each change, and no state of 60 blocks to hold.
     """
-    parts = passes(inputs)
-    if len(parts) > 1:
-        for rows in parts:
-            measure(effects, teacher, family, inputs.rows(rows), bands_B[rows], probes, fits)
-        return
     effects.pictures += torch.bincount(bands_B, minlength=len(effects.pictures))
     blocks = list(family.block_modules(teacher))
     config: Config = dict(cast("Any", teacher).config)

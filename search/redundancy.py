@@ -25,6 +25,7 @@ from search.cka import Kernel, aligned, cka_map, kernel
 from search.effects import Effects, changed_blocks, measure, probed, single_blocks
 from search.statistics import STREAMS, Statistics, cosine_influence, gather, share
 from trainers.data.latents import Latents, generator_at, make_inputs
+from trainers.passes import passes
 from trainers.progress import Progress, silent
 from trainers.students.families.base import Config, Family, Inputs
 from trainers.students.fits import solve_maps, trained_probe
@@ -68,17 +69,21 @@ class Measurer:
         self._progress = progress or silent()
         self._settings: Config = dict(cast("Any", teacher).config)
         self._statistics = Statistics()
+        self._seen = 0
+        """Pictures summed up, and measured."""
+        self._advance(0)
 
     def gather(self) -> None:
-        """Sums up this worker's pictures, in one pass of the teacher."""
+        """Sums up this worker's batches, in one pass of the teacher."""
         wanted = wanted_maps(self._family, self._settings, self._candidates)
         tokens = share(self._config.tokens, self._batches)
-        for done, (number, inputs, _) in enumerate(self._calibration(), start=1):
+        for number in range(self._part, self._batches, self._parts):
+            inputs, bands_B = self._batch(number)
             gather(
                 self._statistics, self._teacher, self._family, inputs, number, wanted, tokens,
                 self._seed,
             )  # fmt: skip
-            self._progress.update(done, 2 * self._own)
+            self._advance(len(bands_B))
 
     def take(self, block: int) -> Statistics:
         """Hands over the sums of one block, which are not kept."""
@@ -110,13 +115,14 @@ class Measurer:
         )
 
     def effects(self, *solved: Solved) -> Effects:
-        """What changes at single blocks do to this worker's pictures."""
+        """What changes at single blocks do to this worker's pictures. It takes most of the time:
+        several passes of the teacher for each of its blocks."""
         probes = {key: weight for one in solved for key, weight in one.probes.items()}
         fits = {block: maps for one in solved for block, maps in one.fits.items()}
         effects = Effects.none(len(solved), self._config.bands, changed_blocks(self._candidates))
-        for done, (_, inputs, bands_B) in enumerate(self._calibration(), start=1):
+        for inputs, bands_B in self._passes():
             measure(effects, self._teacher, self._family, inputs, bands_B, probes, fits)
-            self._progress.update(self._own + done, 2 * self._own)
+            self._advance(len(bands_B))
         return effects
 
     def conclude(
@@ -157,30 +163,44 @@ class Measurer:
         return next(self._teacher.parameters()).device
 
     @property
-    def _batches(self) -> int:
-        """Batches of all workers."""
-        pictures = min(self._config.pictures, len(self._latents.training))
-        return math.ceil(pictures * self._config.bands / self._config.batch_size)
+    def _pictures(self) -> int:
+        """That all workers measure on, each as often as there are bands."""
+        return self._config.bands * min(self._config.pictures, len(self._latents.training))
 
     @property
-    def _own(self) -> int:
-        return len(range(self._part, self._batches, self._parts))
+    def _batches(self) -> int:
+        """Batches of all workers."""
+        return math.ceil(self._pictures / self._config.batch_size)
 
-    def _calibration(self) -> Iterator[tuple[int, Inputs, Tensor]]:
-        """This worker's batches: their numbers, inputs, and the band of each picture in them; band
-        0 is the noisiest. What is in a batch does not depend on the number of workers."""
+    def _batch(self, number: int) -> tuple[Inputs, Tensor]:
+        """A batch, and the band of each picture in it; band 0 is the noisiest. It does not depend
+        on the number of workers."""
         config, example = self._config, next(self._teacher.parameters())
         pictures = self._latents.training[: config.pictures]
         wanted = [(picture, band) for picture in pictures for band in range(config.bands)]
-        for number in range(self._part, self._batches, self._parts):
-            chosen = wanted[number * config.batch_size : (number + 1) * config.batch_size]
-            batch = self._latents.batch([picture for picture, _ in chosen])
-            bands_B = torch.tensor([band for _, band in chosen])
-            generator = generator_at(self._seed, number * config.batch_size, "analysis")
-            noise_BNC = torch.randn(batch.clean_BNC.shape, generator=generator)
-            t_B = 1 - (bands_B + torch.rand(len(chosen), generator=generator)) / config.bands
-            batch = batch.to(example.device, example.dtype)
-            yield number, make_inputs(batch, t_B, noise_BNC.to(batch.clean_BNC)), bands_B
+        chosen = wanted[number * config.batch_size : (number + 1) * config.batch_size]
+        batch = self._latents.batch([picture for picture, _ in chosen])
+        bands_B = torch.tensor([band for _, band in chosen])
+        generator = generator_at(self._seed, number * config.batch_size, "analysis")
+        noise_BNC = torch.randn(batch.clean_BNC.shape, generator=generator)
+        t_B = 1 - (bands_B + torch.rand(len(chosen), generator=generator)) / config.bands
+        batch = batch.to(example.device, example.dtype)
+        return make_inputs(batch, t_B, noise_BNC.to(batch.clean_BNC)), bands_B
+
+    def _passes(self) -> Iterator[tuple[Inputs, Tensor]]:
+        """This worker's share of what passes through the teacher together, of all batches: one
+        batch keeps several workers busy when its pictures are large."""
+        at = 0
+        for number in range(self._batches):
+            inputs, bands_B = self._batch(number)
+            for rows in passes(inputs):
+                if at % self._parts == self._part:
+                    yield inputs.rows(rows), bands_B[rows]
+                at += 1
+
+    def _advance(self, pictures: int) -> None:
+        self._seen += pictures
+        self._progress.update(self._seen, 2 * math.ceil(self._pictures / self._parts))
 
 
 def analyse(

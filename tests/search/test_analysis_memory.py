@@ -70,8 +70,10 @@ def measuring(teacher: nn.Module, inputs: Inputs) -> int:
     probes = {
         (i, name): torch.zeros(1, 1).expand(WIDTH, WIDTH) for i in range(blocks) for name in STREAMS
     }
+    bands_B = torch.zeros(count, dtype=torch.long)
     with DeviceMemory() as held:
-        measure(effects, teacher, FAMILY, inputs, torch.zeros(count, dtype=torch.long), probes, {})
+        for rows in passes.passes(inputs):
+            measure(effects, teacher, FAMILY, inputs.rows(rows), bands_B[rows], probes, {})
     return held.peak
 
 

@@ -20,6 +20,7 @@ from search.stages import stage_named
 from search.sweep import open_sweep
 from storage.store import open_store
 from tests.trainers.small import load_transformer, padded, small_latents
+from trainers import passes
 from trainers.data.latents import Latents, make_inputs
 from trainers.progress import silent
 from trainers.students.families import FAMILIES
@@ -189,8 +190,9 @@ def test_a_spans_damage_follows_that_of_its_whole_chain(
 
 
 def test_workers_that_share_the_pictures_find_what_one_finds(
-    teacher: nn.Module, analysis: Analysis
+    teacher: nn.Module, analysis: Analysis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(passes, "TOKENS", 1)
     parts = [
         Measurer(teacher, FAMILY, small_latents(), CANDIDATES, CONFIG, seed=0, part=i, parts=4)
         for i in range(4)
@@ -199,6 +201,7 @@ def test_workers_that_share_the_pictures_find_what_one_finds(
         part.gather()
     solved = [parts[i % 4].solve(i, *(part.take(i) for part in parts)) for i in range(6)]
     effects = [part.effects(*solved) for part in parts]
+    assert [int(part.pictures.sum()) for part in effects] == [2, 2, 2, 2]  # of two batches
     shared = parts[2].conclude(solved, effects, [part.samples() for part in parts])
     same_analysis(shared, analysis)
     assert not any(part.take(0).probes for part in parts)
