@@ -60,8 +60,8 @@ def _check_cluster(sweep: Sweep) -> None:
     if not room_for(workers, memory):
         raise PlacementError(
             f"analyse: the statistics of this teacher take {words.memory(memory)} of a machine's "
-            f"own memory for each of {workers} workers (analyse.workers), more than the machines "
-            "of the Ray cluster offer; ask for fewer, or add a machine with more memory"
+            f"own memory for each worker (analyse.workers: {workers}), more than the machines of "
+            "the Ray cluster offer; ask for fewer, or add a machine with more memory"
         )
 
 
