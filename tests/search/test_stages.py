@@ -56,10 +56,14 @@ def stage_that(run: object = None, name: str = "work", shared: bool = False) -> 
 
 
 def leave_its_process(site: Site) -> None:
+    import ray
+
     site.store.write("process", str(os.getpid()).encode())
+    given = ray.get_runtime_context().get_assigned_resources()
+    site.store.write("memory", str(int(given.get("memory", 0))).encode())
 
 
-def test_work_on_a_gpu_leaves_no_process_that_holds_it(
+def test_work_on_a_gpu_has_its_memory_and_leaves_no_process_that_holds_it(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
@@ -69,7 +73,9 @@ def test_work_on_a_gpu_leaves_no_process_that_holds_it(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        place(on_gpu, leave_its_process, silent())
+        place(on_gpu, leave_its_process, silent(), memory=10 * 2**20)
+        with on_gpu.store.read("memory") as stream:
+            assert int(stream.read()) == 10 * 2**20
         with on_gpu.store.read("process") as stream:
             process = int(stream.read())
         assert process != os.getpid()
