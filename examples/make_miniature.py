@@ -114,11 +114,13 @@ def main() -> None:
 
 
 def forget_paths(folder: Path) -> None:
-    """Takes the folders of --work, which diffusers notes, out of a saved pipeline."""
+    """Takes the folders of --work, and how they were opened, out of a saved pipeline."""
     for file in folder.rglob("*.json"):
         said = json.loads(file.read_text())
-        if said.pop("_name_or_path", None):
-            file.write_text(json.dumps(said, indent=2) + "\n")
+        noted = {"_name_or_path", "is_local", "local_files_only"} & said.keys()
+        if noted:
+            kept = {key: value for key, value in said.items() if key not in noted}
+            file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def make_tokenizer(folder: Path) -> Qwen2Tokenizer:
