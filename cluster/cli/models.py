@@ -125,7 +125,7 @@ def plug(
 ) -> None:
     """Put teacher blocks back into a student in place of what replaces them; nothing is trained.
 
-    Example: espalier plug runs/best/34pct --restore 12-14 --teacher examples/miniature --out larger
+    Example: espalier plug runs/best/34pct --restore 0-3 --teacher examples/miniature --out larger
     """
     with endings():
         spans = [parse_span(text) for text in restore]
