@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -44,12 +45,17 @@ QUIET = {
 
 @contextmanager
 def quiet_tune() -> Iterator[None]:
-    """Sets `QUIET` inside, and puts back what was there."""
+    """Sets `QUIET` inside, and puts back what was there. Nor does Tune name trials that were lost:
+    their searcher says what became of them."""
     before = {name: os.environ.get(name) for name in QUIET}
     os.environ.update(QUIET)
+    logger = logging.getLogger("ray.tune.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        logger.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -95,10 +101,12 @@ class PlanSearcher(StatelessSearcher):
     """Hands Tune the plans whose score is not known yet.
 
     `known` gives the stored score of a proposal, if any; `scored` hears of every score, known or
-    new, as it arrives. A plan that ends without one fails alone, unless none had a score before or
-    `PATIENCE` plans in a row had none. After that, or an EspalierError of a trial or of `scored`,
-    no further plan is handed out, and `error` says why. Several runs of Tune may follow one
-    another.
+    new, as it arrives. A plan whose process was lost is handed out again, `RETRIES` times; Tune's
+    own retries take a process that is lost as its next trial begins for two failures, and end the
+    trial at the second. A plan that ends without a score fails alone, unless none had a score
+    before or `PATIENCE` plans in a row had none. After that, or an EspalierError of a trial or of
+    `scored`, no further plan is handed out, and `error` says why. Several runs of Tune may follow
+    one another.
     """
 
     def __init__(
@@ -115,6 +123,9 @@ class PlanSearcher(StatelessSearcher):
         self._scored = scored
         self._running: dict[str, Proposal] = {}
         self._waiting: Proposal | None = None
+        self._again: deque[Proposal] = deque()
+        self._losses: Counter[int] = Counter()
+        """How often the process of a proposal was lost."""
         self._lost = lost(timeout)
         self._whole = False
         """Whether any plan had a score."""
@@ -128,6 +139,8 @@ class PlanSearcher(StatelessSearcher):
 
     def advance(self) -> bool:
         """Take in known scores up to the next plan that must be scored; whether there is one."""
+        if self._waiting is None and self._again:
+            self._waiting = self._again.popleft()
         while self._waiting is None and self.error is None:
             proposal = self._proposals.next()
             if proposal is None:
@@ -154,6 +167,10 @@ class PlanSearcher(StatelessSearcher):
     ) -> None:
         proposal = self._running.pop(trial_id)
         if error or result is None:
+            self._losses[proposal.number] += 1
+            if self._losses[proposal.number] <= RETRIES:
+                self._again.append(proposal)
+                return
             result = {"failed": self._lost}
         if "broken" in result:
             self.stop(f"trial {proposal.number}: {result['broken']}")

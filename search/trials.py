@@ -324,7 +324,7 @@ def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpu
     nothing."""
     from ray import tune
 
-    from search.study import RETRIES, ScoringActor, quiet_tune
+    from search.study import ScoringActor, quiet_tune
 
     trainable = tune.with_resources(
         tune.with_parameters(ScoringActor, bench=bench, timeout=config.timeout),
@@ -345,8 +345,6 @@ def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpu
                 name="search",
                 storage_path=folder,
                 verbose=0,
-                # A lost machine's trials are scored again elsewhere.
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
                 # Tune would save a class trainable at its end; a scored plan has nothing to save.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),

@@ -16,7 +16,7 @@ from search.budget import Target
 from search.proposals import Proposal, Proposals
 from search.racing import RaceSearcher, cause
 from search.score import Score
-from search.study import PATIENCE, PlanSearcher, final, lost, score_json
+from search.study import PATIENCE, RETRIES, PlanSearcher, final, lost, score_json
 from storage.errors import DamagedError, StoreError
 from tests.search.test_proposals import make_space
 
@@ -73,7 +73,13 @@ def searched(plans: int) -> tuple[PlanSearcher, list[Score]]:
 
 
 def end(searcher: PlanSearcher, trial: str, result: dict[str, str] | None) -> None:
-    assert isinstance(searcher.suggest(trial), dict)
+    """One plan's end; without a result its process is lost as often as it is handed out."""
+    plan = searcher.suggest(trial)
+    assert isinstance(plan, dict)
+    if result is None:
+        for _ in range(RETRIES):
+            searcher.on_trial_complete(trial, error=True)
+            assert searcher.suggest(trial) == plan
     searcher.on_trial_complete(trial, result, error=result is None)
 
 
@@ -86,6 +92,26 @@ def test_a_plan_without_a_score_fails_alone_and_with_its_reason() -> None:
         end(searcher, str(trial), result)
     assert searcher.error is None
     assert [score.failed for score in taken] == [None, "MemoryError: too large", lost(60.0), None]
+
+
+def test_a_plan_whose_process_was_lost_is_scored_by_another() -> None:
+    searcher, taken = searched(2)
+    plan = searcher.suggest("a")
+    searcher.on_trial_complete("a", error=True)
+    assert (taken, searcher.suggest("b")) == ([], plan)
+    searcher.on_trial_complete("b", GOOD)
+    end(searcher, "c", GOOD)
+    assert [score.failed for score in taken] == [None, None]
+    assert searcher.suggest("d") == Searcher.FINISHED
+
+
+def test_a_plan_lost_as_the_last_one_is_still_waited_for() -> None:
+    searcher, _ = searched(1)
+    plan = searcher.suggest("a")
+    assert searcher.suggest("b") == Searcher.FINISHED  # Tune asks for no more in this run
+    searcher.on_trial_complete("a", error=True)
+    assert searcher.advance()
+    assert searcher.suggest("c") == plan
 
 
 def test_a_first_plan_without_a_score_ends_the_search() -> None:
