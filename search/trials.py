@@ -203,7 +203,7 @@ def run_search(
     plan could not be scored, or not logged. A score that is not a number fails its trial alone, and
     so does a plan that ends its process again and again.
     """
-    from search.study import PlanSearcher, final, score_from_json, score_json
+    from search.study import PlanSearcher, final, lost, score_from_json, score_json
 
     progress = progress or silent()
     proposals = Proposals(
@@ -254,7 +254,9 @@ def run_search(
         cause = _tune(searcher, bench, config, cpus, gpus)
         gc.collect()  # what Tune leaves refers to itself, and would be there beside the next run's
     if searcher.error is not None:
-        raise SearchError(f"search stopped: {searcher.error}{cause}")
+        # Of processes that were lost, and made good, before another fault nothing is said.
+        told = cause if searcher.error.endswith(lost(config.timeout)) else ""
+        raise SearchError(f"search stopped: {searcher.error}{told}")
     ordered = [trials[number] for number in sorted(trials)]
     save_trials(store, prefix, ordered)
     return ordered

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from search.trials import (
     pareto_trials,
     run_search,
 )
+from storage.errors import StoreError
 from storage.manifest import publish
 from storage.store import Store, open_store
 from storage.tensors import save_tensors
@@ -334,14 +338,18 @@ def test_a_missing_replacement_ends_the_search_with_its_name(
         run_search(space, targets, broken, CONFIG, store, "sweeps/four/search")
 
 
+Trouble = Literal["raises", "hangs", "lost", "stops"]
+
+
 @dataclass(frozen=True)
 class Troubled(Bench):
     """Has trouble with one plan."""
 
     victim: str = ""
     """Its digest."""
-    hangs: bool = False
-    """Rather than raising, as when a device has no memory left for it."""
+    trouble: Trouble = "raises"
+    """`raises`, as when a device has no memory left for it; of its process it may be `lost` once,
+    and then something `stops` the search."""
 
     def open(self) -> Scorer:
         scorer = super().open()
@@ -350,17 +358,24 @@ class Troubled(Bench):
         def troubled(plan: Plan) -> Score:
             if plan.digest != self.victim:
                 return score(plan)
-            if self.hangs:
+            if self.trouble == "hangs":
                 threading.Event().wait()
-            raise RuntimeError("out of memory\nsomewhere")
+            if self.trouble == "raises":
+                raise RuntimeError("out of memory\nsomewhere")
+            if not [*scorer.store.keys(f"{self.scores}-lost")]:
+                scorer.store.write(f"{self.scores}-lost/{plan.digest}", b"")
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.trouble == "stops":
+                raise StoreError("the bucket is full")
+            return score(plan)
 
         scorer.score = troubled  # type: ignore[method-assign]
         return scorer
 
 
-def troubled(bench: Bench, scores: str, victim: Plan, hangs: bool) -> Troubled:
+def troubled(bench: Bench, scores: str, victim: Plan, trouble: Trouble) -> Troubled:
     known = {f.name: getattr(bench, f.name) for f in fields(bench)} | {"scores": scores}
-    return Troubled(**known, victim=victim.digest, hangs=hangs)
+    return Troubled(**known, victim=victim.digest, trouble=trouble)
 
 
 def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
@@ -371,12 +386,43 @@ def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
     bench: Bench,
     store: Store,
 ) -> None:
-    raising = troubled(bench, "raising", trials[2].plan, hangs=False)
+    raising = troubled(bench, "raising", trials[2].plan, "raises")
     config = CONFIG.model_copy(update={"trials": 5})
     found = run_search(space, targets, raising, config, store, "sweeps/raising/search")
     assert [trial.failed for trial in found] == [
         None, None, "RuntimeError: out of memory", None, None,
     ]  # fmt: skip
+
+
+def test_a_plan_whose_process_is_lost_is_scored_by_another(
+    ray: None,
+    trials: list[Trial],
+    space: Space,
+    targets: list[Target],
+    bench: Bench,
+    store: Store,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    losing = troubled(bench, "losing", trials[2].plan, "lost")
+    config = CONFIG.model_copy(update={"trials": 5})
+    found = run_search(space, targets, losing, config, store, "sweeps/losing/search")
+    assert [*store.keys("losing-lost")]
+    assert [trial.fidelity_loss for trial in found] == [t.fidelity_loss for t in trials[:5]]
+    assert not [record for record in caplog.records if record.name.startswith("ray")]
+
+
+def test_what_stops_a_search_is_told_without_what_was_made_good_before(
+    ray: None,
+    trials: list[Trial],
+    space: Space,
+    targets: list[Target],
+    bench: Bench,
+    store: Store,
+) -> None:
+    stopping = troubled(bench, "stopping", trials[2].plan, "stops")
+    with pytest.raises(SearchError) as stopped:
+        run_search(space, targets, stopping, CONFIG, store, "sweeps/stopping/search")
+    assert str(stopped.value) == "search stopped: trial 2: the bucket is full"
 
 
 @pytest.mark.slow
@@ -389,7 +435,7 @@ def test_a_plan_that_hangs_fails_alone_and_stays_failed(
     bench: Bench,
     store: Store,
 ) -> None:
-    hanging = troubled(bench, "hanging", trials[3].plan, hangs=True)
+    hanging = troubled(bench, "hanging", trials[3].plan, "hangs")
     config = CONFIG.model_copy(update={"trials": 6, "timeout": 30.0})
     found = run_search(space, targets, hanging, config, store, "sweeps/five/search", cpus=2.0)
     assert [trial.plan for trial in found[:4]] == [trial.plan for trial in trials[:4]]
