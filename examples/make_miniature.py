@@ -109,11 +109,11 @@ def main() -> None:
     # Without what its latest call set.
     pipeline.register_modules(tokenizer=make_tokenizer(work / "tokenizer"))
     pipeline.save_pretrained(options.out)
-    forget_paths(options.out)
+    forget_origin(options.out)
     (options.out / "espalier.json").write_text('{"resolution": 64}\n')
 
 
-def forget_paths(folder: Path) -> None:
+def forget_origin(folder: Path) -> None:
     """Takes the folders of --work, and how they were opened, out of a saved pipeline."""
     for file in folder.rglob("*.json"):
         said = json.loads(file.read_text())
