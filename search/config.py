@@ -51,7 +51,7 @@ class SweepConfig(Section):
     """What models run on. `gpu` gives every worker one, or a share when there are fewer."""
 
     workers: PositiveInt = 2
-    """Processes that encode, train the library and score trials side by side."""
+    """Processes that encode, train the library, score trials and judge models side by side."""
 
     seed: NonNegativeInt = 0
     """Everything random follows from it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 JUDGED = "judged.json"
+TEACHER = "teacher"
+"""What stands for the teacher where a student is named by the prefix of its recovery."""
 
 
 class JudgeConfig(Section):
@@ -53,6 +55,18 @@ class JudgeConfig(Section):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What a model drew for some of the captions."""
+
+    part: range
+    """Numbers of these captions."""
+    passed: Sequence[bool]
+    """The judge's verdict on each picture; empty without a task."""
+    kept: Mapping[int, Image]
+    """The pictures that are kept, by their caption's number."""
+
+
+@dataclass(frozen=True)
 class Judged:
     """What a model drew, and what the judge says of it."""
 
@@ -74,17 +88,42 @@ def captions_for(config: JudgeConfig, held_out: Sequence[str]) -> list[str]:
 
 def judge_model(pipeline: Any, config: JudgeConfig, captions: Sequence[str], size: int) -> Judged:
     """Draws every caption, `size` × `size` pixels, and judges all pictures; keeps some of them."""
-    from trainers.evaluate import generate, judge_scores
+    from trainers.evaluate import batches
 
-    pictures = generate(pipeline, captions, config.seed, config.steps, size)
-    kept = [i * len(captions) // config.shown for i in range(config.shown)]
-    kept = sorted(set(kept))
+    parts = batches(len(captions), size)
+    return gathered(config, captions, [draw(pipeline, config, captions, p, size) for p in parts])
+
+
+def draw(
+    pipeline: Any, config: JudgeConfig, captions: Sequence[str], part: range, size: int
+) -> Drawn:
+    """What a model makes of some of the captions; the same, whoever draws the others."""
+    from trainers.evaluate import generate
+
+    some = [captions[i] for i in part]
+    pictures = generate(pipeline, some, config.seed, config.steps, size, part.start)
+    pairs = [*zip(pictures, some, strict=True)]
+    task, shown = None if config.task is None else TASKS[config.task], _shown(config, captions)
+    return Drawn(
+        part=part,
+        passed=[] if task is None else [task.judge(*pair) for pair in pairs],
+        kept={number: pictures[number - part.start] for number in part if number in shown},
+    )
+
+
+def gathered(config: JudgeConfig, captions: Sequence[str], drawn: Iterable[Drawn]) -> Judged:
+    """What all parts of the captions come to together."""
+    from trainers.evaluate import family_scores
+
+    parts = sorted(drawn, key=lambda each: each.part.start)
+    passed = [verdict for part in parts for verdict in part.passed]
+    kept = {number: picture for part in parts for number, picture in part.kept.items()}
     task = None if config.task is None else TASKS[config.task]
     return Judged(
-        scores={} if task is None else judge_scores(pictures, captions, task),
-        captions=[captions[i] for i in kept],
-        pictures=[pictures[i] for i in kept],
-        passed=[] if task is None else [task.judge(pictures[i], captions[i]) for i in kept],
+        scores={} if task is None else family_scores(passed, captions, task),
+        captions=[captions[number] for number in kept],
+        pictures=list(kept.values()),
+        passed=[] if task is None else [passed[number] for number in kept],
     )
 
 
@@ -112,6 +151,10 @@ def read_judged(store: Store, prefix: str) -> Judged | None:
         for i in range(len(said["captions"]))
     ]
     return Judged(said["scores"], said["captions"], pictures, said["passed"])
+
+
+def _shown(config: JudgeConfig, captions: Sequence[str]) -> set[int]:
+    return {i * len(captions) // config.shown for i in range(config.shown)}
 
 
 def _picture_name(index: int) -> str:

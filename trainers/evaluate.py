@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FidelityProbe",
     "ProbeConfig",
+    "batches",
+    "family_scores",
     "fidelity_loss",
     "generate",
     "judge_scores",
@@ -82,15 +84,23 @@ def replacement_damages(
     return {block: _mean(iter(measured)) for block, measured in errors.items()}
 
 
+def batches(count: int, size: int) -> list[range]:
+    """Which of `count` pictures of `size` × `size` pixels are drawn together, by number."""
+    most = max(1, min(32, PIXELS_AT_ONCE // size**2))
+    return [range(start, min(start + most, count)) for start in range(0, count, most)]
+
+
 def generate(
     pipeline: Any,
     captions: Sequence[str],
     seed: int,
     steps: int,
     size: int,
+    first: int = 0,
 ) -> list[Image]:
     """One `size` × `size` picture a caption. Each picture has a generator of its own, so the same
-    seed gives teacher and student the same noise, whatever else is drawn beside it."""
+    seed gives teacher and student the same noise, whatever else is drawn beside it; it goes by the
+    caption's number, which is `first` for the first of these."""
     from trainers.data.single_frame import for_single_frames
     from trainers.students.families.flux import text_tokens
 
@@ -99,18 +109,13 @@ def generate(
     padded = {"max_sequence_length": text_tokens(pipeline)} if _pads(pipeline) else {}
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image] = []
-    batch_size = max(1, min(32, PIXELS_AT_ONCE // size**2))
-    for start in range(0, len(captions), batch_size):
-        some = list(captions[start : start + batch_size])
-        generators = [
-            Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(some))
-        ]
+    for batch in batches(len(captions), size):
         drawn = pipeline(
-            prompt=some,
+            prompt=[captions[i] for i in batch],
             height=size,
             width=size,
             num_inference_steps=steps,
-            generator=generators,
+            generator=[Generator().manual_seed(seed * 1_000_003 + first + i) for i in batch],
             **padded,
         )
         pictures += drawn.images
@@ -120,14 +125,22 @@ def generate(
 def judge_scores(
     pictures: Sequence[Image], captions: Sequence[str], task: Task
 ) -> dict[str, float]:
+    """`family_scores` of pictures that are still to be judged."""
+    verdicts = [task.judge(p, c) for p, c in zip(pictures, captions, strict=True)]
+    return family_scores(verdicts, captions, task)
+
+
+def family_scores(
+    verdicts: Sequence[bool], captions: Sequence[str], task: Task
+) -> dict[str, float]:
     """The share of right pictures by family, and `overall`, the plain mean of the families."""
-    verdicts: dict[str, list[bool]] = {}
-    for picture, caption in zip(pictures, captions, strict=True):
-        verdicts.setdefault(task.family(caption), []).append(task.judge(picture, caption))
+    by_family: dict[str, list[bool]] = {}
+    for verdict, caption in zip(verdicts, captions, strict=True):
+        by_family.setdefault(task.family(caption), []).append(verdict)
     scores = {
-        family: sum(verdicts[family]) / len(verdicts[family])
+        family: sum(by_family[family]) / len(by_family[family])
         for family in task.families
-        if family in verdicts
+        if family in by_family
     }
     return {**scores, "overall": sum(scores.values()) / len(scores)}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from search.analyse import load_analysis
 from search.budget import Budget
-from search.judging import Judged
+from search.judging import TEACHER, Judged
 from search.objectives import scored
 from search.report import words
 from search.report.data import (
@@ -20,7 +20,7 @@ from search.report.data import (
 )
 from search.stages.facts import provenance, sampling, scores, stage_costs, teacher_facts
 from search.stages.measure import confirmed
-from search.stages.publish import BEFORE, PUBLISH, TEACHER, judged_of
+from search.stages.publish import BEFORE, PUBLISH, judged_of
 from search.stages.recover import RECOVER, recoveries_of
 from search.stages.search import SEARCH, trials_of
 from search.sweep import Sweep

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic import JsonValue
 
 from search.card import CardFacts
-from search.judging import (
-    JudgeConfig,
-    Judged,
-    captions_for,
-    judge_model,
-    read_judged,
-    write_judged,
-)
+from search.judges import Drawing, judge_apart, judge_here
+from search.judging import TEACHER, Judged, captions_for, read_judged
 from search.objectives import judge_decides
 from search.publish import Finalist, choose, register, write_model
 from search.recover import Recovery
@@ -30,7 +23,7 @@ from search.stages.facts import (
     teacher_facts,
 )
 from search.stages.measure import Student, confirm, confirmed, meeting, ratios, told
-from search.stages.place import Site, place
+from search.stages.place import place
 from search.stages.recover import broken_off, left_out, recoveries_of
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
@@ -39,12 +32,9 @@ from storage.digest import digest_json
 from storage.registry import keep_best, show_best
 from trainers.progress import Progress
 from trainers.students.counts import plan_parameters
-from trainers.teacher import Teacher
 
 BEFORE = ("encode", "measure", "analyse", "library", "search", "recover")
 """The stages whose cost a card tells."""
-TEACHER = "teacher"
-"""What stands for the teacher where a student is named by the prefix of its recovery."""
 
 
 def run(sweep: Sweep, progress: Progress) -> Outcome:
@@ -52,16 +42,12 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     models = [TEACHER, *(r.student for rs in candidates.values() for r in rs)]
     missing = [model for model in models if judged_of(sweep, model) is None]
     if missing:
-        place(
-            sweep,
-            _judge,
-            progress,
-            teacher=sweep.teacher,
-            encoded=sweep.encoded_prefix,
-            models=[(model, judged_prefix(sweep, model)) for model in missing],
-            config=sweep.config.judge,
-            size=sweep.config.data.resolution,
-        )
+        outs = {model: judged_prefix(sweep, model) for model in missing}
+        drawing = _drawing(sweep)
+        if sweep.config.workers > 1:
+            judge_apart(sweep, drawing, outs, progress)
+        else:
+            place(sweep, judge_here, progress, drawing=drawing, outs=outs)
     students: dict[str, Any] = {}
     for budget, recoveries in candidates.items():
         finalist = choose(
@@ -120,33 +106,13 @@ def _best_recoveries(sweep: Sweep, progress: Progress) -> dict[str, list[Recover
     return best
 
 
-def _judge(
-    site: Site,
-    teacher: Teacher,
-    encoded: str,
-    models: Sequence[tuple[str, str]],
-    config: JudgeConfig,
-    size: int,
-) -> None:
-    """Draws and judges with each model, on one set of encoders; `models` names where results go."""
+def _drawing(sweep: Sweep) -> Drawing:
     from trainers.data.latents import open_latents
-    from trainers.teacher import load_folder
-    from trainers.worker import load_student
 
-    latents = open_latents(site.store, encoded)
+    latents = open_latents(sweep.store, sweep.encoded_prefix)
+    config = sweep.config.judge
     captions = captions_for(config, latents.captions(latents.held_out))
-    pipeline: Any = load_folder(teacher.folder, None, site.device, without=("transformer",))
-    for done, (model, out) in enumerate(models):
-        site.progress.update(done, len(models), pictures=len(captions))
-        transformer = None  # the one before goes before the next comes
-        pipeline.register_modules(transformer=None)
-        if model == TEACHER:
-            transformer = teacher.transformer(device=site.device)
-        else:
-            transformer, _ = load_student(site.store, model, teacher, site.device)
-        pipeline.register_modules(transformer=transformer)
-        write_judged(site.store, out, judge_model(pipeline, config, captions, size))
-    site.progress.update(len(models), len(models))
+    return Drawing(sweep.teacher, config, tuple(captions), sweep.config.data.resolution)
 
 
 def _finalist(sweep: Sweep, recovery: Recovery) -> Finalist:
@@ -199,4 +165,9 @@ def _digest(sweep: Sweep) -> str:
     return digest_json([sweep.publish_digest, *without]) if without else sweep.publish_digest
 
 
-PUBLISH = Stage(name="publish", digest=_digest, run=run, placed=lambda _: True)
+PUBLISH = Stage(
+    name="publish",
+    digest=_digest,
+    run=run,
+    placed=lambda sweep: sweep.config.workers == 1,
+)

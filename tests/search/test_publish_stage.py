@@ -39,6 +39,7 @@ def sweep(tmp_path: Path, tiny_pipeline: Path) -> Sweep:
             "name": "tiny",
             "teacher": str(tiny_pipeline),
             "storage": str(tmp_path / "runs"),
+            "workers": 1,  # judges in this process
             "budgets": ["60%"],
             "judge": {"task": "shapes", "per_family": 1, "steps": 2, "shown": 3},
         }
