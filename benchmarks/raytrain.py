@@ -2,12 +2,13 @@
 
 Both train at once, by turns: while one does, every process of the other is stopped, Ray's own among
 them, so that both meet the same machine and each pays for all that it starts. Once with a worker on
-every core, where whatever Ray computes is the training's loss, and once with one worker, as on a
-machine whose GPUs leave cores over. Called by benchmarks.train.
+every core, where whatever Ray computes is the training's loss; then with two that train on one
+core, and with one worker, as on a machine whose GPUs leave cores over. Called by benchmarks.train.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -40,15 +41,24 @@ EVERY = 5
 _START_SECONDS = 300.0
 
 
+class Job(NamedTuple):
+    """What both sides do."""
+
+    workers: int
+    one_core: bool
+    """Whether all of them train on the first core, which leaves the others to the rest."""
+
+
 class Side:
     """A process, with all that it has started, which trains and notes when each step ended."""
 
-    def __init__(self, name: str, workers: int, folder: Path) -> None:
+    def __init__(self, name: str, job: Job, folder: Path) -> None:
         self.notes = folder / name
-        program = [sys.executable, "-m", "benchmarks.raytrain", str(self.notes), str(workers)]
+        asked = json.dumps({"notes": str(self.notes), **job._asdict()})
+        program = [sys.executable, "-m", "benchmarks.raytrain", asked]
         if name == "torchrun":
-            launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={workers}", "-m"]
-            program[2:2] = launch
+            ranks = f"--nproc_per_node={job.workers}"
+            program[2:2] = ["torch.distributed.run", "--standalone", ranks, "-m"]
         log = (folder / f"{name}.log").open("wb")
         # Ray's workers are at niceness 15 unless told, which beside others' work would be unequal.
         environment = {**os.environ, "RAY_worker_niceness": "0"}
@@ -122,12 +132,12 @@ def steps_by_turn(ends: Sequence[float], turns: Sequence[tuple[float, float]]) -
     return list(np.diff(np.interp(edges, active, np.arange(len(active)))))
 
 
-def ray_row(workers: int, turns: int, seconds: float) -> Row:
+def ray_row(job: Job, turns: int, seconds: float) -> Row:
     """Rates over all the time of a turn, reports among it; medians of the turns, and of the ratios
     of neighbouring ones. The first pair is left out. The ratio of core seconds is what that of the
     rates comes to on full cores, and does not see what else the machine does."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as ended:
-        sides = {name_: Side(name_, workers, Path(name)) for name_ in ("torchrun", "ray")}
+        sides = {name_: Side(name_, job, Path(name)) for name_ in ("torchrun", "ray")}
         for side in sides.values():
             ended.callback(side.kill)
         for side in sides.values():
@@ -142,7 +152,7 @@ def ray_row(workers: int, turns: int, seconds: float) -> Row:
     ratios = [b / a for a, b in zip(bare, ray, strict=True)]
     return {
         "part": "ray",
-        "workers": workers,
+        **job._asdict(),
         "turns": turns,
         "seconds": seconds,
         "torchrun_steps_per_s": round(statistics.median(bare), 2),
@@ -179,8 +189,10 @@ def mean(value: torch.Tensor) -> torch.Tensor:
     return value / torch.distributed.get_world_size()
 
 
-def work(notes: str, report: Callable[[Row], None]) -> None:
+def work(notes: str, one_core: bool, report: Callable[[Row], None]) -> None:
     """What a worker of either side does."""
+    if one_core:
+        os.sched_setaffinity(0, {0})  # this thread, which trains, alone
     first = torch.distributed.get_rank() == 0
     with open(notes if first else os.devnull, "w", buffering=1) as stream:
         for facts in training():
@@ -190,10 +202,11 @@ def work(notes: str, report: Callable[[Row], None]) -> None:
 
 
 def ray_worker(config: dict[str, Any]) -> None:
-    work(config["notes"], Line(config["desk"], torch.distributed.get_rank()).tell)
+    tell = Line(config["desk"], torch.distributed.get_rank()).tell
+    work(config["notes"], config["one_core"], tell)
 
 
-def under_ray(notes: str, workers: int) -> None:
+def under_ray(notes: str, workers: int, one_core: bool) -> None:
     """Train as a recovery does."""
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -206,15 +219,20 @@ def under_ray(notes: str, workers: int) -> None:
     ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     TorchTrainer(
         ray_worker,
-        train_loop_config={"notes": notes, "desk": ray.remote(num_cpus=0)(Desk).remote()},
+        train_loop_config={
+            "notes": notes,
+            "one_core": one_core,
+            "desk": ray.remote(num_cpus=0)(Desk).remote(),
+        },
         scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
         run_config=RunConfig(name="benchmark", storage_path=str(Path(notes).parent)),
     ).fit()
 
 
 if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
     if "RANK" in os.environ:  # under torchrun
         torch.distributed.init_process_group("gloo")
-        work(sys.argv[1], lambda facts: None)
+        work(asked["notes"], asked["one_core"], lambda facts: None)
     else:
-        under_ray(sys.argv[1], int(sys.argv[2]))
+        under_ray(**asked)

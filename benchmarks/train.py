@@ -60,9 +60,10 @@ def main() -> None:
     if options.only in (None, "memory"):
         rows.append(memory_rows(SMALL, (12, 24, 48)))
     if options.only in (None, "ray"):
-        from benchmarks.raytrain import ray_row
+        from benchmarks.raytrain import Job, ray_row
 
-        rows.append(ray_row(workers, options.turns, options.seconds) for workers in (2, 1))
+        jobs = (Job(2, one_core=False), Job(2, one_core=True), Job(1, one_core=False))
+        rows.append(ray_row(job, options.turns, options.seconds) for job in jobs)
     if options.only in (None, "gpu"):
         rows.append(gpu_rows())
     failed = False
