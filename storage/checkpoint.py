@@ -154,8 +154,11 @@ def latest_checkpoint(
 
     `load` reads from it what this rank needs; one that turns out damaged at any rank is passed over
     with a warning. `agree` is the least of all ranks' values, when there are several; all call it
-    equally often.
+    equally often. No rank may have a save under way when it calls this.
     """
+    # The first rank publishes for all: until it is here, the others would not see its newest
+    # checkpoint yet, but still the one that goes for it.
+    agree(0)
     while True:
         step = agree(max((s for s in _steps(store, prefix) if s < below), default=-1))
         if step < 0:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_one_rank_that_finds_damage_takes_all_to_the_checkpoint_before(store):
     for step in (1, 2):
         save(store, step)
     # What the least over all ranks would be, where another rank cannot read step 2.
-    answers = iter([2, 0, 1, 1])
+    answers = iter([0, 2, 0, 1, 1])
     found = latest_checkpoint(store, "run", lambda c: None, lambda value: next(answers))
     assert isinstance(found, Checkpoint)
     assert found.step == 1
@@ -222,6 +223,46 @@ def test_a_saver_keeps_the_newest(store):
         saver.save(step, {"w": torch.ones(4)}, None)
     saver.finish()
     assert steps(store) == ["step-000000002", "step-000000003"]
+
+
+def test_ranks_that_go_back_find_what_the_first_is_just_publishing(store):
+    asked, meeting, values = threading.Event(), threading.Barrier(2, timeout=60), [0, 0]
+
+    class Slow:
+        """Publishes the second checkpoint only once the other rank asks for the newest."""
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def write(self, key, body):
+            if key.endswith("2/index.json"):
+                assert asked.wait(60)
+            store.write(key, body)
+
+    def run(rank):
+        mine = store if rank else Slow()
+        saver = Saver(mine, "run", rank=rank, world=2, keep=1)
+
+        def least(value):
+            if rank:
+                asked.set()
+            values[rank] = value
+            meeting.wait()
+            found = min(values)
+            meeting.wait()
+            return found
+
+        meeting.wait()
+        saver.save(1, {}, None, own={f"w{rank}": torch.ones(2)})
+        saver.finish()
+        meeting.wait()
+        saver.save(2, {}, None, own={f"w{rank}": torch.ones(2)})
+        saver.finish()
+        found = latest_checkpoint(mine, "run", lambda checkpoint: None, least)
+        return found and found.step
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, (0, 1))) == [2, 2]
 
 
 def test_keeping_none_is_refused(store):
