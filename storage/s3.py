@@ -188,7 +188,13 @@ class S3Store:
                     self._call("put_object", Key=name, Body=first)
                 else:
                     self._write_parts(name, first, stream)
-        except MissingKey:  # some servers list a bucket that is not there as an empty one
+        except MissingKey as error:
+            if _code(error.__cause__ or error) == "NoSuchUpload":
+                raise StoreError(
+                    f"{self.url}/{key}: its upload was ended by somebody else (another run that "
+                    "writes there, `espalier gc` or a lifecycle rule of the bucket); run again"
+                ) from None
+            # Some servers list a bucket that is not there as an empty one.
             raise self._no_bucket() from None
 
     def keys(self, prefix: str) -> Iterator[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,22 @@ def test_a_body_of_exactly_one_part(s3_url):
     store.write("key", bytes(_PART))
     with store.read("key") as body:
         assert len(body.read()) == _PART
+
+
+def test_an_upload_that_somebody_ended_is_told_as_that(s3_url):
+    store = open_store(s3_url)
+
+    class Ended(io.BytesIO):
+        """After its first part somebody ends what is under way."""
+
+        def read(self, size=-1):
+            for upload in store.unfinished(""):
+                store.discard(upload)
+            return super().read(size)
+
+    with pytest.raises(StoreError, match="/key: its upload was ended by somebody else"):
+        store.write("key", Ended(bytes(3 * _PART)))
+    assert list(store.keys("")) == []
 
 
 def test_a_large_object_takes_few_requests(s3_url, monkeypatch):
