@@ -233,7 +233,10 @@ class RecoveryTrial(tune.Trainable):
             self._crew = None  # lost while it had nothing to do, which is not the next job's fault
         crew = self._crew = self._crew or Crew(self._fleet)
         if self._job is not None:
-            crew.put(self._job)
+            try:
+                crew.put(self._job)
+            except EspalierError as error:  # such as a store that this machine may not open
+                return {"broken": str(error), "done": True}
             self._job = None
         while True:
             state = crew.look()

@@ -12,6 +12,7 @@ from ray.train import WorkerGroupError
 
 from search import racing
 from search.racing import Crew, Fleet, RecoveryTrial
+from storage.errors import StoreError
 from storage.manifest import publish
 from storage.store import StoreOptions, open_store
 from trainers.desk import State
@@ -59,6 +60,16 @@ def test_a_crew_that_was_lost_between_two_jobs_is_not_given_the_next(trial: Reco
     assert trial.step() == {"done": True}
     found: Any = trial._crew
     assert (lost.jobs, found.jobs) == ([{"number": 1}], [{"number": 2}])
+
+
+def test_a_store_that_the_trial_cannot_open_is_what_it_ends_with(
+    trial: RecoveryTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(self: Idle, job: Any) -> None:
+        raise StoreError("s3://b: no AWS credentials")
+
+    monkeypatch.setattr(Idle, "put", put)
+    assert trial.step() == {"broken": "s3://b: no AWS credentials", "done": True}
 
 
 @pytest.fixture
