@@ -202,6 +202,9 @@ def run_job(
     """Whether the student is still what `load_distilled` made it."""
     losses: list[float] = []
     before = 0.0
+    """Seconds that earlier attempts have trained."""
+    started: float | None = None
+    """When this attempt began to train."""
     rollbacks = 0
     gone_back: int | None = None
     """The step that training went back to, if it has not saved a checkpoint since."""
@@ -228,7 +231,9 @@ def run_job(
         if checkpoint is None:
             return None
         state = cast("dict[str, Any]", checkpoint.state)
-        losses[:], before = state["losses"], max(before, state["seconds"])
+        losses[:] = state["losses"]
+        if started is None:
+            before = state["seconds"]
         # Checkpoints of the first version do not say how often a run had gone back.
         rollbacks = state.get("rollbacks", 0)
         return Start(Position(*state["at"]), tuple(losses), tensors, rollbacks)
@@ -261,6 +266,7 @@ def run_job(
     notice = Notice(rank, _mean_over_ranks, device)
 
     def seconds() -> float:
+        assert started is not None
         return before + time.monotonic() - started
 
     def report(at: Position, loss: float) -> None:
