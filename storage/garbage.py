@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import NonNegativeFloat, NonNegativeInt
 
@@ -32,11 +32,15 @@ Kind = Literal[
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Small objects that are written one by one, without a manifest.
-_BY_THEMSELVES = re.compile(r"(registry|studies)/|sweeps/[^/]+/(stages|search|confirmed)/")
-_CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/[^/]+/[^/]+)/checkpoints/step-\d+$")
-_TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/step-\d+$")
+# Small objects that are written one by one, without a manifest; and the copies of the best models,
+# which lose theirs while they are replaced and keep what both have, however old: whoever replaces
+# one mends what another left.
+_BY_THEMSELVES = re.compile(r"(registry|studies|best)/|sweeps/[^/]+/(stages|search|confirmed)/")
+_CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/([^/]+)/([^/]+))/checkpoints/step-\d+$")
+# Before sweeps had checkpoints of their own there was no name between.
+_TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/([^/]+/)?step-\d+$")
 _MODEL = re.compile(r"models/([^/]+)/[^/]+$")
+_MODEL_FILE = re.compile(r"(models/[^/]+/[^/]+)/")
 _PARALLEL = 8
 
 
@@ -69,7 +73,7 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     stray: dict[str, list[Stored]] = defaultdict(list)
     for key, body in bodies.items():
         if key not in held and not _BY_THEMSELVES.match(key):
-            stray[key.rpartition("/")[0]].append(body)
+            stray[_publication(key)].append(body)
     found += [_garbage("unfinished publication", prefix, of) for prefix, of in stray.items()]
     registered, damaged = look(store)
     named = {entry.model for entry in registered}
@@ -80,7 +84,7 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     for prefix, names in published_at.items():
         mine = [bodies[key] for name in (*names, MANIFEST) if (key := f"{prefix}/{name}") in bodies]
         checkpoint, training = _CHECKPOINT.match(prefix), _TRAINING.match(prefix)
-        ended = checkpoint is not None and _ended(checkpoint, published_at)
+        ended = checkpoint is not None and _ended(store, checkpoint, published_at)
         if ended or (training is not None and training[1] in published_at):
             found.append(_garbage("old checkpoint", prefix, mine))
         elif (model := _MODEL.match(prefix)) and prefix not in named and model[1] not in unsure:
@@ -131,11 +135,29 @@ def _unfinished_uploads(store: Store) -> Iterator[Garbage]:
         )
 
 
-def _ended(checkpoint: re.Match[str], published_at: Mapping[str, object]) -> bool:
-    """Whether the recovery has its student, or its sweep has ended all recoveries."""
-    recovery, sweep = checkpoint[1], checkpoint[2]
+def _ended(store: Store, checkpoint: re.Match[str], published_at: Mapping[str, object]) -> bool:
+    """Whether the recovery has its student, or its sweep notes that it ended without one; of one
+    that broke off they are what it goes on from."""
+    recovery, sweep, budget, trial = checkpoint.groups()
+    if f"{recovery}/student" in published_at:
+        return True
     done = layout.stage(sweep.partition("/")[2], "recover")
-    return f"{recovery}/student" in published_at or done in published_at
+    try:
+        record = published(store, done) if done in published_at else None
+    except DamagedError:
+        return False
+    facts: Any = record.meta.get("facts", {}) if record else {}
+    return any(
+        (noted["budget"], noted["trial"]) == (budget, trial) and not noted.get("broke")
+        for noted in facts.get("recoveries", ())
+    )
+
+
+def _publication(key: str) -> str:
+    """What a file without a manifest was being published as: a model's folders come one after
+    another, so the age of one alone says nothing."""
+    model = _MODEL_FILE.match(key)
+    return model[1] if model else key.rpartition("/")[0]
 
 
 def _garbage(kind: Kind, prefix: str, bodies: list[Stored]) -> Garbage:

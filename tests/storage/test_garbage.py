@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 
@@ -28,7 +31,7 @@ def checkpoint(store, trial):
 
 def replacement_checkpoint(store, digest):
     prefix = layout.replacement("t", digest)
-    saver = Saver(store, layout.library_checkpoints(prefix))
+    saver = Saver(store, layout.library_checkpoints(prefix, "sweep"))
     saver.save(1, {"w": torch.ones(2)}, None)
     saver.finish()
     return prefix
@@ -90,10 +93,18 @@ def test_what_was_cut_off_is_found_and_removed_on_request(store):
 
 
 def test_checkpoints_of_a_sweep_that_has_recovered_are_old(store):
-    checkpoint(store, "stopped")
+    for trial in ("stopped", "broke", "begun-since"):
+        checkpoint(store, trial)
     assert listed(store) == []
-    publish(store, layout.stage("sweep", "recover"), {})
-    assert [kind for kind, _ in listed(store)] == ["old checkpoint"]
+    recoveries = [
+        {"budget": "10B", "trial": "stopped", "broke": False},
+        {"budget": "10B", "trial": "broke", "broke": True},
+        {"budget": "6B", "trial": "begun-since", "broke": False},
+    ]
+    facts = {"facts": {"recoveries": recoveries}}
+    publish(store, layout.stage("sweep", "recover"), {}, facts)
+    at = layout.checkpoint("sweep", "10B", "stopped")
+    assert listed(store) == [("old checkpoint", f"{at}/step-000000001")]
 
 
 def test_checkpoints_of_a_replacement_that_is_trained_are_old(store):
@@ -104,6 +115,25 @@ def test_checkpoints_of_a_replacement_that_is_trained_are_old(store):
     assert garbage.kind == "old checkpoint"
     discard(store, garbage)
     assert set(store.keys("library")) == {f"{prefix}/block.safetensors", f"{prefix}/manifest.json"}
+
+
+def test_a_model_that_is_being_written_is_as_young_as_its_youngest_file(tmp_path):
+    store = open_store(str(tmp_path))
+    for part in ("text_encoder", "transformer"):
+        store.write(f"models/10B/new/{part}/w", b"1")
+    an_hour_ago = time.time() - 3600
+    os.utime(tmp_path / "models/10B/new/text_encoder/w", (an_hour_ago, an_hour_ago))
+    assert find_garbage(store, 1800) == []
+    (garbage,) = find_garbage(store, 0)
+    assert (garbage.kind, garbage.prefix) == ("unfinished publication", "models/10B/new")
+    assert len(garbage.keys) == 2
+
+
+def test_a_copy_of_the_best_that_is_being_replaced_is_not_listed(store):
+    fill(store)
+    publish(store, "best/10B", {"vae/w": b"1", "plan.json": b"1"})
+    store.remove("best/10B/manifest.json")
+    assert listed(store) == []
 
 
 def test_what_is_young_is_never_listed(store):
