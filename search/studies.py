@@ -71,16 +71,19 @@ class StudyLog:
         name: str,
         teacher: str,
         search: str,
-        store: str,
+        store: str | None,
         objectives: Sequence[Scored] = DEFAULT,
     ) -> None:
         """Opens or makes the study at `url`, a journal's path or a database's URL.
 
-        `teacher` and `search` are digests, `store` is the URL of the sweep's storage. StudyError
-        when the study belongs to another teacher or to a sweep elsewhere; the trials of another
-        search of the same sweep give way to this one's.
+        `teacher` and `search` are digests, `store` is the URL of the sweep's storage; None where
+        the study lies in it, and moves when it does. StudyError when the study belongs to another
+        teacher or to a sweep elsewhere; the trials of another search of the same sweep give way to
+        this one's.
         """
         self.url, self._name = url, name
+        self._gone: StudyError | None = None
+        """Why the database was given up."""
         self._objectives = tuple(objectives)
         self._study: optuna.Study = self._tried(partial(self._open, teacher, search, store))
         self._next = len(self._study.get_trials(False))
@@ -90,8 +93,11 @@ class StudyLog:
         """Adds those that are not there. StudyError when the database does not answer.
 
         A study numbers its trials as they come, so one waits here for those before it: trial 12 of
-        the dashboard is trial 12 of the report.
+        the dashboard is trial 12 of the report. A database that did not answer for minutes is not
+        waited for again.
         """
+        if self._gone is not None:
+            raise self._gone
         self._early |= {trial.number: trial for trial in trials if trial.number >= self._next}
         while self._next in self._early:
             self._tried(partial(self._put, _frozen(self._early[self._next], self._objectives)))
@@ -103,24 +109,27 @@ class StudyLog:
         if not again or len(self._study.get_trials(False)) == self._next:
             self._study.add_trial(trial)
 
-    def _open(self, teacher: str, search: str, store: str, again: bool) -> optuna.Study:
+    def _open(self, teacher: str, search: str, store: str | None, again: bool) -> optuna.Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names
         storage = _storage(self.url)
-        owner = {"teacher": teacher, "search": search, "storage": store}
+        owner = {"teacher": teacher, "search": search}
+        if store is not None:
+            owner["storage"] = store
         names = optuna.get_all_study_names(storage)
         if self._name in names:
             study = optuna.load_study(study_name=self._name, storage=storage)
             other = study.user_attrs.get("teacher")
-            if other != teacher:
+            # One that says nothing and has nothing was cut off as it was made.
+            if other != teacher and (other is not None or study.get_trials(False)):
                 raise StudyError(
                     f"{self.url}: its study {self._name} belongs to another teacher ({other}); "
                     f"this one is {teacher}: give the sweep another name or another search.study"
                 )
             home = study.user_attrs.get("storage", store)
-            if home != store:
+            if store is not None and home != store:
                 raise StudyError(
                     f"{self.url}: its study {self._name} belongs to a sweep in {home}; give this "
                     "one another name or another search.study"
@@ -150,11 +159,12 @@ class StudyLog:
             except (DBAPIError, OSError, _storage_error()) as error:
                 failures += 1
                 if failures == ATTEMPTS:
-                    raise StudyError(
+                    self._gone = StudyError(
                         f"{self.url}: the study's database does not answer "
                         f"({_first_line(error)}); what is scored is kept: run the same command "
                         "again when it does"
-                    ) from error
+                    )
+                    raise self._gone from error
                 sleep(min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS))
 
 

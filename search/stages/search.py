@@ -60,12 +60,13 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     )
     space, searched, plans = _what_to_search(sweep, Library(sweep.store, prefixes))
     study = config.search.study or journal_file(sweep.store.url, sweep.name)
+    inside = config.search.study is None and "://" not in sweep.store.url
     log = StudyLog(
         study,
         sweep.name,
         sweep.teacher.digest,
         sweep.search_digest,
-        sweep.store.url,
+        None if inside else sweep.store.url,
         scored(config.search.objectives),
     )
     trials = run_search(

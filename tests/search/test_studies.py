@@ -155,6 +155,34 @@ def test_a_study_of_a_sweep_elsewhere_is_refused_and_left_alone(url: str) -> Non
     assert len(read(url).trials) == 1
 
 
+def test_a_study_inside_a_storage_folder_moves_with_it(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    StudyLog(str(tmp_path / "runs" / "j"), "one", "t", "s", None).add([trial(0)])
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    url = str(tmp_path / "moved" / "j")
+    StudyLog(url, "one", "t", "s", None).add([trial(0), trial(1)])
+    assert numbers(url) == [0, 1]
+    # From before, when every study said where its storage was.
+    opened(url, name="two").add([trial(0)])
+    StudyLog(url, "two", "t", "s", None)
+
+
+def test_a_study_whose_making_was_cut_off_is_made_anew(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(study: optuna.Study, key: str, value: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optuna.Study, "set_user_attr", cut)
+        with pytest.raises(KeyboardInterrupt):
+            opened(url)
+    opened(url).add([trial(0)])
+    assert numbers(url) == [0]
+    with pytest.raises(StudyError, match=r"another teacher \(t\)"):
+        opened(url, teacher="other")
+
+
 def test_a_trial_that_a_database_took_before_it_fell_silent_is_not_added_twice(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,9 +235,12 @@ def test_a_database_that_comes_back_loses_nothing(
     log.add([trial(1)])
     assert waited == [0.5, 1.0]
     away.execute("BEGIN EXCLUSIVE")
-    monkeypatch.setattr(search.studies, "sleep", lambda seconds: None)
-    with pytest.raises(StudyError, match=r"does not answer .*; what is scored is kept"):
-        log.add([trial(2)])
+    waited.clear()
+    monkeypatch.setattr(search.studies, "sleep", waited.append)
+    for number in (2, 3):  # the others that were in flight wait no second time
+        with pytest.raises(StudyError, match=r"does not answer .*; what is scored is kept"):
+            log.add([trial(number)])
+        assert len(waited) == search.studies.ATTEMPTS - 1
     away.execute("ROLLBACK")
     away.close()
     opened(f"sqlite:///{file}").add([trial(0), trial(1), trial(2)])
