@@ -69,11 +69,8 @@ def history_drawing(data: ReportData) -> Drawing:
 
 
 def _best_within(data: ReportData, budget: BudgetFacts) -> list[tuple[int, float]]:
-    trials = data.trials
-    if budget.currency != "parameters":  # measured of what was proposed for it
-        trials = tuple(trial for trial in trials if trial.budget == budget.label)
     limit = math.inf if budget.limit is None else budget.limit
-    return best_so_far(trials, limit, budget.currency)
+    return best_so_far(data.trials, limit, budget.currency)
 
 
 def _won(data: ReportData) -> str:

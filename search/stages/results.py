@@ -9,6 +9,7 @@ from search.stages.publish import PUBLISH, judged_of
 from search.stages.record import read_attempt
 from search.stages.recover import recoveries_of
 from search.stages.report import shown_url
+from search.stages.search import SEARCH
 from search.sweep import Sweep
 from search.trials import best_trials, load_trials
 from storage import layout
@@ -60,7 +61,9 @@ def status(sweep: Sweep) -> dict[str, Any]:
                 "total": attempt.total if attempt else None,
             }
         )
-    trials = load_trials(sweep.store, layout.search(sweep.name)) or []
+    # Those of another search, before the configuration changed, say nothing of this one.
+    searched = SEARCH.record(sweep) is not None
+    trials = (load_trials(sweep.store, layout.search(sweep.name)) or []) if searched else []
     best: list[dict[str, Any]] = []
     for target in sweep.targets if trials else ():
         best += [

@@ -138,6 +138,10 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
     found = status(sweep)
     assert found["registry"][0]["plan_digest"] == student["plan"]
     assert [s["state"] for s in found["stages"]][-2:] == ["done", "done"]
+    assert len(found["best_trials"]) == 1
+    # Those of another search are not this one's.
+    other = sweep.config.model_copy(update={"budgets": (Budget.model_validate("60% latency"),)})
+    assert status(Sweep(other, sweep.store, sweep.teacher))["best_trials"] == []
 
 
 def test_what_somebody_removed_is_made_again(sweep: Sweep) -> None:
