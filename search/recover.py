@@ -54,7 +54,7 @@ class RecoverConfig(Section):
     plan (TinyFusion)."""
 
     schedules: PositiveInt = 2
-    """Schedules that are tried for each finalist."""
+    """Schedules that are tried for each finalist; one where `space` leaves nothing to choose."""
 
     tiers: Annotated[tuple[Part, ...], Field(min_length=1)] = (0.25, 1.0)
     """Parts of a schedule, ascending, after which fidelity is measured and the better ones go on
@@ -310,7 +310,7 @@ def recover_finalists(
     seed: int,
     progress: Progress | None = None,
 ) -> list[Recovery]:
-    """Recover finalists by `config.schedules` schedules each, as Ray Train jobs in Tune trials.
+    """Recover finalists, each by `config.schedules` schedules at most, as Ray Train jobs of Tune.
 
     `finalists` are each budget's, best first; beyond `config.finalists` they are a reserve. What is
     finished is found in the store and not repeated, what is unfinished goes on from its latest
@@ -325,7 +325,7 @@ def recover_finalists(
     book = Book(grounds)
     rules = Rules(
         config.finalists,
-        config.schedules,
+        1 if config.space.fixed else config.schedules,
         len(config.tiers),
         config.keep,
         config.widen,

@@ -199,6 +199,11 @@ class ScheduleSpace(Section):
             named[f"phases[{i}].lr"] = phase.lr
         return named
 
+    @property
+    def fixed(self) -> bool:
+        """Whether there is nothing to choose."""
+        return all(low == high for low, high in self.ranges().values())
+
     def middle(self) -> dict[str, float]:
         """The choice in the middle of every range, on a logarithmic scale."""
         chosen: dict[str, float] = {}

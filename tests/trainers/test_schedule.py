@@ -41,6 +41,8 @@ def test_the_middle_lies_within_every_range() -> None:
             PhaseSpace(loss="velocity", train="all", steps=(7, 7), lr=(3e-4, 3e-4), clip=2.0),
         )
     )
+    assert not space.fixed
+    assert ScheduleSpace(phases=space.phases[1:]).fixed
     schedule = space.schedule(space.middle())
     assert schedule.steps == 80 + 7
     assert schedule.phases[0].lr == pytest.approx(1e-3)
