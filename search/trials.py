@@ -222,6 +222,7 @@ def run_search(
     trials: dict[int, Trial] = {}
     losses: dict[str, float] = {}
     without: list[tuple[str, Score]] = []
+    unlogged: list[Trial] = []
 
     def known(proposal: Proposal) -> Score | None:
         content = stored.get(bench.key(proposal.plan))
@@ -232,7 +233,7 @@ def run_search(
         key = bench.key(proposal.plan)
         if score.failed is not None:
             # No process wrote it. A search that is resumed shall not try again, unless nothing came
-            # after it: then the fault may have been another's.
+            # after it: then the fault may have been another's, and a study keeps what it is told.
             if stored.get(key) != score_json(score):
                 without.append((key, score))
         else:
@@ -245,8 +246,10 @@ def run_search(
             best = min(trial.fidelity_loss, losses.get(trial.budget, math.inf))
             losses[trial.budget] = best
         progress.update(len(trials), config.trials, **losses)
-        if log is not None:
-            log.add([trial])
+        unlogged.append(trial)
+        if log is not None and not without:
+            log.add(unlogged)
+            unlogged.clear()
 
     searcher = PlanSearcher(proposals, known, take, config.timeout)
     cause = ""
@@ -257,6 +260,8 @@ def run_search(
         # Of processes that were lost, and made good, before another fault nothing is said.
         told = cause if searcher.error.endswith(lost(config.timeout)) else ""
         raise SearchError(f"search stopped: {searcher.error}{told}")
+    if log is not None:
+        log.add(unlogged)
     ordered = [trials[number] for number in sorted(trials)]
     save_trials(store, prefix, ordered)
     return ordered

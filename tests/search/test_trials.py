@@ -13,12 +13,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import optuna
 import pytest
 import torch
 
 from search.budget import Target
 from search.score import Bench, Measuring, Score, Scorer
 from search.space import Space
+from search.studies import StudyLog, _storage
 from search.trials import (
     SearchConfig,
     SearchError,
@@ -385,10 +387,17 @@ def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
     targets: list[Target],
     bench: Bench,
     store: Store,
+    tmp_path: Path,
 ) -> None:
     raising = troubled(bench, "raising", trials[2].plan, "raises")
     config = CONFIG.model_copy(update={"trials": 5})
-    found = run_search(space, targets, raising, config, store, "sweeps/raising/search")
+    journal = str(tmp_path / "raising.journal")
+    log = StudyLog(journal, "raising", "t", "s", None)
+    found = run_search(space, targets, raising, config, store, "sweeps/raising/search", log=log)
+    shown = optuna.load_study(study_name="raising", storage=_storage(journal)).trials
+    assert [t.state.name for t in shown] == [
+        "FAIL" if trial.failed else "COMPLETE" for trial in found
+    ]
     assert [trial.failed for trial in found] == [
         None, None, "RuntimeError: out of memory", None, None,
     ]  # fmt: skip
