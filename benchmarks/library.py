@@ -58,7 +58,7 @@ def main() -> None:
             if options.checkpoint_every:
                 prefixes = {b: layout.replacement("benchmark", str(i)) for i, b in enumerate(spans)}
                 store = open_store(folder)
-                checkpoints = Checkpoints(store, prefixes, options.checkpoint_every)
+                checkpoints = Checkpoints(store, prefixes, "benchmark", options.checkpoint_every)
             train_replacements(
                 teacher, family, spans[:size], latents, config, 0, checkpoints=checkpoints
             )

@@ -17,7 +17,7 @@ from search.budget import Target
 from search.solver import damages_through
 from search.space import priced_space, started
 from storage.errors import DamagedError
-from storage.manifest import publish, published, read_bytes, read_json
+from storage.manifest import publish_once, published, read_bytes, read_json
 from storage.section import Section
 from storage.store import Store
 from trainers.measure import Table
@@ -107,7 +107,7 @@ def save_analysis(store: Store, prefix: str, analysis: Analysis) -> None:
         FACTS: json.dumps(facts, indent=1, allow_nan=False).encode(),
         TENSORS: save_tensors(tensors, {}),
     }
-    publish(store, prefix, files)
+    publish_once(store, prefix, files)
 
 
 def load_analysis(store: Store, prefix: str) -> Analysis | None:

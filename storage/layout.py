@@ -4,8 +4,8 @@
     costs/DIGEST/                   latency and memory of blocks, by device and teacher
     analysis/DIGEST/                importance, CKA, nominated spans
     probes/DIGEST/                  what fidelity is measured on, and the teacher's velocity there
-    library/TEACHER/DIGEST/         one replacement, by span, variant and training; its
-                                    checkpoints until it is trained
+    library/TEACHER/DIGEST/         one replacement, by span, variant and training; the
+                                    checkpoints of each sweep that trains it, until it has
     sweeps/NAME/                    the record of a sweep, its stages, trials and recoveries
     studies/NAME.journal            a sweep's trials for optuna-dashboard; may be deleted
     models/BUDGET/NAME/             one published model, never changed; the registry ranks them
@@ -55,10 +55,10 @@ def replacement(teacher: str, digest: str) -> str:
     return f"library/{_name(teacher)}/{_name(digest)}"
 
 
-def library_checkpoints(replacement: str) -> str:
-    """The checkpoints of a replacement in training, by its own prefix: whoever trains it, in
-    whichever group, finds them."""
-    return f"{replacement}/checkpoints"
+def library_checkpoints(replacement: str, sweep: str) -> str:
+    """A sweep's checkpoints of a replacement in training, by its own prefix: whoever trains it for
+    the sweep, in whichever group, finds them. Other sweeps may be at the same replacement."""
+    return f"{replacement}/checkpoints/{_name(sweep)}"
 
 
 def sweep(name: str) -> str:

@@ -1,7 +1,7 @@
 """The commit rule, once: files under a prefix exist when their manifest does, and it comes last.
 
-`publish` writes, `published` is the one test of completeness, `fetch` and the readers verify what
-they read, `verify` everything.
+`publish` writes, `publish_once` what several may write at once; `published` is the one test of
+completeness, `fetch` and the readers verify what they read, `verify` everything.
 """
 
 from __future__ import annotations
@@ -186,6 +186,23 @@ def publish(
     for name in stale:
         store.remove(f"{prefix}/{name}")
     return commit(store, prefix, {**kept, **dict(zip(files, written, strict=True))}, meta)
+
+
+def publish_once(
+    store: Store,
+    prefix: str,
+    files: Mapping[str, Body],
+    meta: Mapping[str, JsonValue] | None = None,
+) -> Manifest:
+    """Publish what others may be making at the same time, all alike: what is published is left as
+    it is, and never taken back while somebody reads it."""
+    there = published(store, prefix)
+    if there is not None:
+        return there
+    json.dumps(meta or {}, allow_nan=False)
+    _check_names(files)
+    written = in_parallel(partial(_write, store, prefix), files.items())
+    return commit(store, prefix, dict(zip(files, written, strict=True)), meta)
 
 
 def commit(

@@ -30,6 +30,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         sweep.store,
         sweep.encoded_prefix,
         config.library,
+        sweep.name,
         options=config.store,
         workers=config.workers,
         accelerator=config.accelerator,

@@ -28,6 +28,7 @@ from tests.trainers.library.setting import (
     LONG,
     MANY,
     PROBE,
+    SWEEP,
     Hit,
     put_latents,
     trained_digests,
@@ -168,7 +169,15 @@ def test_a_library_worker_is_killed(
         for where, progress in ((alone, None), (store, hit)):
             put_latents(where)
             report = train_library(
-                teacher, MANY, where, ENCODING, LONG, probe=PROBE, workers=2, progress=progress
+                teacher,
+                MANY,
+                where,
+                ENCODING,
+                LONG,
+                SWEEP,
+                probe=PROBE,
+                workers=2,
+                progress=progress,
             )
     assert hit.pid is not None
     assert len(report.interruptions) == 1

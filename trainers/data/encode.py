@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from storage.digest import digest_json
 from storage.errors import EspalierError
-from storage.manifest import Manifest, all_published, publish, published
+from storage.manifest import Manifest, all_published, commit, publish_once, published
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import save_tensors
 from trainers.data.shards import (
@@ -88,7 +88,8 @@ def encode(
                 progress.update(finished, total)
     tokens = _tokens(store, [shard_prefix(prefix, unit.number) for unit in units])
     meta = EncodedMeta(shards=len(units), pictures=total, held_out=config.held_out, **tokens)
-    return publish(store, prefix, {}, meta.model_dump(mode="json"))
+    # In one step: another sweep may be reading by it.
+    return commit(store, prefix, {}, meta.model_dump(mode="json"))
 
 
 def _tokens(store: Store, prefixes: Sequence[str]) -> dict[str, int]:
@@ -197,7 +198,7 @@ class Encoder:
                 image_tokens=(rows // 2) * (columns // 2),
                 text_tokens=int(tensors["mask"].sum(1).max()),
             )
-            publish(
+            publish_once(
                 self.store,
                 shard_prefix(self.prefix, int(number)),
                 {

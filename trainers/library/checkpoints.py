@@ -49,10 +49,13 @@ class Checkpoints:
     """Saves the replacements of a group while they are trained, one after the other in the
     background, and finds what an earlier worker has saved."""
 
-    def __init__(self, store: Store, prefixes: Mapping[BlockPlan, str], every: int) -> None:
-        """`prefixes`: where each replacement will be stored. `every`: steps between checkpoints."""
+    def __init__(
+        self, store: Store, prefixes: Mapping[BlockPlan, str], sweep: str, every: int
+    ) -> None:
+        """`prefixes`: where each replacement will be stored. `sweep`: the name of the one that they
+        are trained for. `every`: steps between checkpoints."""
         self._store, self._every = store, every
-        self._prefixes = {b: layout.library_checkpoints(p) for b, p in prefixes.items()}
+        self._prefixes = {b: layout.library_checkpoints(p, sweep) for b, p in prefixes.items()}
         self._savers: dict[BlockPlan, Saver] = {}
         self._turn = threading.Lock()
 

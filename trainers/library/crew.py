@@ -91,14 +91,16 @@ class Crew:
         store: Store,
         prefixes: Mapping[BlockPlan, str],
         config: LibraryConfig,
+        sweep: str,
     ) -> None:
         """`start` makes a LibraryWorker as a Ray actor; at most `size` are up. `prefixes`: where
-        each replacement is stored."""
+        each replacement is stored. `sweep`: the name of the one that they are made for."""
         self.failed: dict[BlockPlan, str] = {}
         """Replacements whose workers kept ending, and how."""
         self.interruptions: list[Interruption] = []
         self._start, self._size = start, size
         self._store, self._prefixes, self._config = store, prefixes, config
+        self._sweep = sweep
         self._workers: list[_Worker] = []
         self._waiting: deque[Sequence[BlockPlan]] = deque()
         self._steps = dict.fromkeys(prefixes, 0)
@@ -243,14 +245,13 @@ class Crew:
         """Let what the worker has not stored wait again, from its checkpoints."""
         left = []
         for block in worker.group:
-            prefix = self._prefixes[block]
-            if published(self._store, prefix) is None:
+            if published(self._store, self._prefixes[block]) is None:
                 left.append(block)
             else:
-                withdraw(self._store, layout.library_checkpoints(prefix))
+                withdraw(self._store, self._checkpoints(block))
                 self._note_stored([block])
         for block in left:
-            saved = newest_step(self._store, layout.library_checkpoints(self._prefixes[block])) or 0
+            saved = newest_step(self._store, self._checkpoints(block)) or 0
             gained = saved > self._saved.get(block, 0)
             self._losses[block] = 1 if gained else self._losses.get(block, 0) + 1
             self._saved[block] = self._steps[block] = saved
@@ -270,7 +271,7 @@ class Crew:
         self._waiting.extend([block] for block in alone)
 
     def _give_up(self, block: BlockPlan, why: str) -> None:
-        withdraw(self._store, layout.library_checkpoints(self._prefixes[block]))
+        withdraw(self._store, self._checkpoints(block))
         self._steps[block] = steps_of(block, self._config)
         when = f"between step {self._saved[block]} and its next checkpoint"
         if block.untrained:
@@ -279,6 +280,9 @@ class Crew:
             f"its worker ended {self._losses[block]} times in a row {when}; the last one {why}"
         )
         _log.warning("%s failed and is left out: %s", block, self.failed[block])
+
+    def _checkpoints(self, block: BlockPlan) -> str:
+        return layout.library_checkpoints(self._prefixes[block], self._sweep)
 
     def _note_stored(self, blocks: Sequence[BlockPlan]) -> None:
         self._stored.update(blocks)

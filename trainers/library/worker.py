@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from storage import layout
-from storage.manifest import publish, withdraw
+from storage.manifest import publish_once, withdraw
 from storage.store import StoreOptions, open_store
 from storage.tensors import save_tensors
 from trainers.library.config import LibraryConfig
@@ -36,13 +36,15 @@ class LibraryWorker:
         config: LibraryConfig,
         probe: ProbeConfig,
         seed: int,
+        sweep: str,
         share: Share,
     ) -> None:
+        """`sweep`: the name of the one whose checkpoints these are."""
         from trainers.data.latents import open_latents
 
         share.prepare()
         self._store = open_store(url, options, patient=True)
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._sweep = config, seed, sweep
         self._family = teacher.family
         self._teacher = teacher.transformer(device=share.device)
         self._latents: Latents = open_latents(self._store, encoding)
@@ -73,7 +75,7 @@ class LibraryWorker:
         damages = replacement_damages(self._teacher, self._family, whole, self._probe)
         for block, prefix in group:
             self._publish(prefix, made[block], damages.get(block))
-            withdraw(self._store, layout.library_checkpoints(prefix))
+            withdraw(self._store, layout.library_checkpoints(prefix, self._sweep))
         # Not when the next group begins: whoever asks before that would take these for its steps.
         self._steps = []
 
@@ -81,7 +83,8 @@ class LibraryWorker:
         from trainers.library.checkpoints import Checkpoints
         from trainers.library.train import train_replacements
 
-        checkpoints = Checkpoints(self._store, prefixes, self._config.checkpoint_every)
+        every = self._config.checkpoint_every
+        checkpoints = Checkpoints(self._store, prefixes, self._sweep, every)
         try:
             return train_replacements(
                 self._teacher,
@@ -120,4 +123,5 @@ class LibraryWorker:
             files[LOSSES] = json.dumps(losses).encode()
             if failed is None:
                 files[TENSORS] = save_tensors(made.module.state_dict())
-        publish(self._store, prefix, files, meta.model_dump(mode="json"))
+        # Another sweep with the same library may have been first.
+        publish_once(self._store, prefix, files, meta.model_dump(mode="json"))

@@ -50,6 +50,7 @@ def train_library(
     store: Store,
     encoding: str,
     config: LibraryConfig,
+    sweep: str,
     *,
     options: StoreOptions | None = None,
     probe: ProbeConfig | None = None,
@@ -64,7 +65,8 @@ def train_library(
     `encoding` is the prefix of the latents. Each of `workers` actors opens teacher, latents and
     store (by its URL and `options`) once and takes groups until none is left. A group is stored
     when it is finished, and its replacements save checkpoints before: a lost worker or a cut-off
-    run loses only the steps since. What a replacement becomes does not depend on any of it.
+    run of the same `sweep`, a name, loses only the steps since. What a replacement becomes does not
+    depend on any of it.
     Raises LibraryError when none came through.
     """
     progress = progress or silent()
@@ -86,7 +88,8 @@ def train_library(
         share = share_of(workers, accelerator)
         arguments = {
             "teacher": teacher, "url": store.url, "options": options, "encoding": encoding,
-            "config": config, "probe": probe or ProbeConfig(), "seed": seed, "share": share,
+            "config": config, "probe": probe or ProbeConfig(), "seed": seed, "sweep": sweep,
+            "share": share,
         }  # fmt: skip
         actor_class = ray.remote(LibraryWorker).options(
             num_cpus=share.num_cpus,
@@ -110,7 +113,7 @@ def train_library(
             most = largest_group(teacher.family, teacher.config, missing, workers, config, room)
         # What a lost worker leaves is grouped anew.
         sized = config.model_copy(update={"group": most})
-        crew = Crew(start, workers, store, {b: prefixes[b] for b in missing}, sized)
+        crew = Crew(start, workers, store, {b: prefixes[b] for b in missing}, sized, sweep)
         crew.run(grouped(missing, workers, most), report)
         lost, interruptions = crew.failed, tuple(crew.interruptions)
         known |= {block: read_meta(store, prefixes[block]) for block in missing}

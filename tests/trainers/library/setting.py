@@ -33,6 +33,8 @@ BLOCKS = [
 
 LONG = LibraryConfig(steps=200, batch_size=4, group=2, checkpoint_every=20)
 """Long enough to hit a worker in the middle."""
+SWEEP = "tiny"
+"""For which they are trained unless another is named."""
 MANY = [*BLOCKS[:3], BlockPlan(span=(3, 4), start="library")]
 """Two groups of two."""
 
@@ -88,7 +90,7 @@ class Hit:
         if self.pid is not None:
             return
         for block, prefix in prefixes(self.teacher).items():
-            step = newest_step(self.store, layout.library_checkpoints(prefix))
+            step = newest_step(self.store, layout.library_checkpoints(prefix, SWEEP))
             if step is None:
                 return
             self.saved[block] = step

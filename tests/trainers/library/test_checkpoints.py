@@ -67,7 +67,7 @@ class Until:
 def train(
     teacher: nn.Module, store: Store, blocks: Sequence[BlockPlan], until: Until
 ) -> dict[BlockPlan, Trained]:
-    checkpoints = Checkpoints(store, PREFIXES, EVERY)
+    checkpoints = Checkpoints(store, PREFIXES, "tiny", EVERY)
     try:
         return train_replacements(
             teacher, FAMILY, blocks, small_latents(), CONFIG, 5, until, checkpoints
@@ -82,12 +82,12 @@ def cut_off(teacher: nn.Module, store: Store, blocks: Sequence[BlockPlan], at: i
 
 
 def saved(store: Store, block: BlockPlan) -> int | None:
-    return newest_step(store, layout.library_checkpoints(PREFIXES[block]))
+    return newest_step(store, layout.library_checkpoints(PREFIXES[block], "tiny"))
 
 
 def damage(store: Store, block: BlockPlan, newest: int) -> None:
     """Spoils so many of its checkpoints at the end of their tensors."""
-    keys = store.keys(layout.library_checkpoints(PREFIXES[block]))
+    keys = store.keys(layout.library_checkpoints(PREFIXES[block], "tiny"))
     for key in sorted(key for key in keys if key.endswith(".safetensors"))[-newest:]:
         content = bytearray(store.read(key).read())
         content[-5] ^= 1

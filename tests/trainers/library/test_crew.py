@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from storage import layout
 from storage.checkpoint import Saver
 from storage.errors import EspalierError
-from storage.manifest import published
+from storage.manifest import published, verify
 from storage.store import Store, open_store
 from tests.trainers.library.light import Does, Light, Stillborn
 from tests.trainers.library.setting import (
@@ -26,6 +27,7 @@ from tests.trainers.library.setting import (
     LONG,
     MANY,
     PROBE,
+    SWEEP,
     Hit,
     checkpoints,
     put_latents,
@@ -45,7 +47,7 @@ pytestmark = [pytest.mark.usefixtures("ray"), pytest.mark.timeout(600)]
 
 def train(store: Store, teacher: Teacher, progress: Progress | None = None) -> LibraryReport:
     return train_library(
-        teacher, MANY, store, ENCODING, LONG, probe=PROBE, workers=2, progress=progress
+        teacher, MANY, store, ENCODING, LONG, SWEEP, probe=PROBE, workers=2, progress=progress
     )
 
 
@@ -60,6 +62,27 @@ def undisturbed(
     assert report.interruptions == ()
     assert checkpoints(store) == []
     return trained_digests(store, teacher)
+
+
+def test_two_sweeps_may_train_the_same_replacements_at_once(
+    teacher: Teacher, undisturbed: dict[BlockPlan, tuple[str, str]], tmp_path: Path
+):
+    """Neither takes from the other what it has under way or stored."""
+    store = open_store(str(tmp_path))
+    put_latents(store)
+
+    def trained(sweep: str) -> LibraryReport:
+        return train_library(teacher, MANY, store, ENCODING, LONG, sweep, probe=PROBE)
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(trained, ("one", "two")))
+    for report in reports:
+        assert set(report.prefixes) == set(MANY)
+        assert (report.interruptions, report.failed) == ((), {})
+    assert trained_digests(store, teacher) == undisturbed
+    for prefix in reports[0].prefixes.values():
+        verify(store, prefix)
+    assert checkpoints(store) == []
 
 
 @pytest.mark.parametrize(
@@ -121,7 +144,7 @@ def light_crew(
         made = ray.remote(actor).options(num_cpus=0.1, max_concurrency=2)
         return made.remote(store.url, does)
 
-    return Crew(start, size, store, PREFIXES, config)
+    return Crew(start, size, store, PREFIXES, config, SWEEP)
 
 
 @pytest.fixture
@@ -146,7 +169,7 @@ def test_a_replacement_that_ends_every_worker_fails_alone_and_is_named(
         if BAD in group:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    saver = Saver(store, layout.library_checkpoints(PREFIXES[BAD]))
+    saver = Saver(store, layout.library_checkpoints(PREFIXES[BAD], SWEEP))
     saver.save(4, {"w": torch.ones(1)}, None)
     saver.finish()
     crew = light_crew(store, does)

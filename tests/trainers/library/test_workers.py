@@ -10,7 +10,7 @@ import torch
 
 from storage.manifest import publish, published
 from storage.store import open_store
-from tests.trainers.library.setting import BLOCKS, ENCODING, PROBE, put_latents
+from tests.trainers.library.setting import BLOCKS, ENCODING, PROBE, SWEEP, put_latents
 from tests.trainers.small import load_transformer, small_latents
 from trainers.data.latents import open_latents
 from trainers.estimate import Pictures
@@ -60,13 +60,13 @@ def test_replacements_are_trained_once_stored_and_assembled(
 ):
     store, watch = open_store(url), Watch()
     first = train_library(
-        teacher, BLOCKS[:2], store, ENCODING, CONFIG, probe=PROBE, workers=2, progress=watch
+        teacher, BLOCKS[:2], store, ENCODING, CONFIG, SWEEP, probe=PROBE, workers=2, progress=watch
     )
     assert (first.trained, first.reused, first.failed) == (2, 0, {})
     assert watch.seen[-1] == (2 * CONFIG.steps, 2 * CONFIG.steps)
     assert [done for done, _ in watch.seen] == sorted(done for done, _ in watch.seen)
 
-    second = train_library(teacher, BLOCKS, store, ENCODING, CONFIG, probe=PROBE)
+    second = train_library(teacher, BLOCKS, store, ENCODING, CONFIG, SWEEP, probe=PROBE)
     assert (second.trained, second.reused) == (1, 2)
     assert second.prefixes.items() >= first.prefixes.items()
     assert BLOCKS[3] not in second.prefixes
@@ -103,7 +103,7 @@ class Telling(LibraryWorker):
 
 
 def test_what_is_cut_from_the_teacher_is_measured_like_what_is_trained(teacher: Teacher, url: str):
-    worker = Telling(teacher, url, None, ENCODING, CONFIG, PROBE, 0, Share(1, 0, 1, "cpu"))
+    worker = Telling(teacher, url, None, ENCODING, CONFIG, PROBE, 0, SWEEP, Share(1, 0, 1, "cpu"))
     trained = BLOCKS[0]
     group = [(block, f"library/t/{i}") for i, block in enumerate([*CUT, trained])]
     worker.train(group)
@@ -132,13 +132,13 @@ def test_what_is_cut_from_the_teacher_is_measured_like_what_is_trained(teacher: 
 def test_what_is_cut_is_measured_once_however_others_are_trained(teacher: Teacher, url: str):
     store, watch = open_store(url), Watch()
     first = train_library(
-        teacher, [*CUT, BLOCKS[0]], store, ENCODING, CONFIG, probe=PROBE, progress=watch
+        teacher, [*CUT, BLOCKS[0]], store, ENCODING, CONFIG, SWEEP, probe=PROBE, progress=watch
     )
     assert (first.trained, first.measured, first.reused) == (1, 2, 0)
     assert watch.seen[-1] == (CONFIG.steps, CONFIG.steps)
     assert set(first.prefixes) == {*CUT, BLOCKS[0]}
     longer = CONFIG.model_copy(update={"steps": 4, "lr": 1e-3})
-    again = train_library(teacher, CUT, store, ENCODING, longer, probe=PROBE)
+    again = train_library(teacher, CUT, store, ENCODING, longer, SWEEP, probe=PROBE)
     assert (again.trained, again.measured, again.reused) == (0, 0, 2)
     assert again.prefixes == {block: first.prefixes[block] for block in CUT}
 
@@ -150,7 +150,7 @@ def test_what_is_only_measured_is_bounded_by_the_room_too(
     monkeypatch.setattr(making, "share_of", lambda *_: Share(1, 1, 1, "cuda"))
     monkeypatch.setattr(making, "find_room", lambda *_: Room(1, Pictures(16, 4)))
     monkeypatch.setattr(making.Crew, "run", lambda _, given, report: groups.extend(given))
-    train_library(teacher, CUT, open_store(url), ENCODING, CONFIG, accelerator="gpu")
+    train_library(teacher, CUT, open_store(url), ENCODING, CONFIG, SWEEP, accelerator="gpu")
     assert groups == [[block] for block in CUT]
 
 
@@ -160,7 +160,7 @@ def test_a_failed_replacement_is_told_and_not_tried_again(teacher: Teacher, url:
     prefix = replacement_prefix(teacher.digest, block, CONFIG.training, ENCODING, 0)
     meta = ReplacementMeta(block=block, failed="its loss was not finite at step 1")
     publish(store, prefix, {}, meta.model_dump(mode="json"))
-    report = train_library(teacher, BLOCKS[:1], store, ENCODING, CONFIG, probe=PROBE)
+    report = train_library(teacher, BLOCKS[:1], store, ENCODING, CONFIG, SWEEP, probe=PROBE)
     assert report.failed == {block: "its loss was not finite at step 1"}
     assert (report.prefixes, report.trained, report.reused) == ({}, 0, 1)
 
