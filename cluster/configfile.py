@@ -6,7 +6,6 @@ Every complaint has the form `miniature.yaml: library.steps: must be greater tha
 from __future__ import annotations
 
 import difflib
-import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from search.budget import Budget
+from storage.document import read_document
 from storage.errors import EspalierError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,17 +28,6 @@ BOUNDS = {
     "less_than_equal": ("must be at most", "le"),
 }
 """pydantic's error types for numbers out of range: our words, and where the bound is kept."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, which PyYAML reads, takes `1e-3` for a word; people mean the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
 
 
 class ConfigError(EspalierError):
@@ -78,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration ({error})") from error
     try:
-        document = yaml.load(text, _Loader)
+        document = read_document(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path.name}:{mark.line + 1}:{mark.column + 1}" if mark else path.name
@@ -102,7 +91,7 @@ def apply_setting(document: dict[str, Any], setting: str) -> None:
             raise ConfigError(f"--set {setting}: `{parent}` is not a section")
         place = below
     try:
-        place[last] = yaml.load(text, _Loader)
+        place[last] = read_document(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting}: the value is not valid YAML") from error
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from storage.document import read_document
 from storage.errors import EspalierError
 from trainers.estimate import (
     GPUS,
@@ -160,7 +159,7 @@ def settings_of(path: Path) -> tuple[RecoverConfig, LibraryConfig, int, int]:
     from search.config import SweepConfig
     from search.recover import RecoverConfig
 
-    data = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    data = read_document(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not isinstance(data, Mapping) or "plan" not in data:
         workers: int = SweepConfig.model_fields["workers"].default
         return RecoverConfig(), LibraryConfig(), workers, RESOLUTION

@@ -20,6 +20,13 @@ recover:
 """
 
 
+def test_a_key_that_is_there_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    twice = "name: one\nrecover:\n  finalists: 1\n  finalists: 2\n"
+    assert complaint(tmp_path, twice) == (
+        "sweep.yaml:4:3: not valid YAML: the key 'finalists' is there twice"
+    )
+
+
 def load(folder: Path, text: str, *settings: str) -> SweepConfig:
     path = folder / "sweep.yaml"
     path.write_text(text)

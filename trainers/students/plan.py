@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from storage.digest import digest_json
+from storage.document import read_document
 from storage.errors import EspalierError
 from storage.section import Section
 
@@ -235,7 +236,7 @@ def load_plan(path: str | Path) -> Plan:
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: cannot read the plan: {error}") from error
     try:
-        data = yaml.safe_load(text)  # JSON is YAML
+        data = read_document(text)
     except yaml.YAMLError as error:
         raise PlanError(f"{path}: neither JSON nor YAML: {' '.join(str(error).split())}") from error
     if isinstance(data, Mapping) and "plan" in data:
