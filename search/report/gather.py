@@ -20,7 +20,7 @@ from search.report.data import (
 )
 from search.stages.facts import provenance, sampling, scores, stage_costs, teacher_facts
 from search.stages.measure import confirmed
-from search.stages.publish import BEFORE, PUBLISH, judged_of
+from search.stages.publish import BEFORE, PUBLISH, judged_of, shown_prefix
 from search.stages.recover import RECOVER, recoveries_of
 from search.stages.search import SEARCH, trials_of
 from search.sweep import Sweep
@@ -89,7 +89,7 @@ def _students(sweep: Sweep) -> tuple[tuple[StudentFacts, ...], dict[str, Judged]
                 parameters=plan_parameters(recovery.plan, sweep.teacher.config),
                 loss_before=recovery.loss_before,
                 loss_after=recovery.fidelity_loss,
-                url=f"{sweep.store.url}/{said['prefix']}",
+                url=f"{sweep.store.url}/{shown_prefix(sweep, recovery.budget)}",
                 scores=scores(drawn),
                 cost=confirmed(sweep, (recovery.plan, prefix)),
             )

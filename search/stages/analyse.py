@@ -96,4 +96,5 @@ ANALYSE = Stage(
     run=run,
     check_cluster=_check_cluster,
     placed=lambda sweep: sweep.config.analyse.workers == 1,
+    workers=lambda sweep: sweep.config.analyse.workers,
 )

@@ -10,8 +10,8 @@ import yaml
 
 from search.judging import Judged
 from search.report.data import Provenance, Scores, StageCost, TeacherFacts
-from search.stages.record import read_record
 from search.sweep import Sweep
+from storage.manifest import published
 from trainers.teacher import Teacher
 
 PACKAGES = ("espalier", "torch", "diffusers", "transformers", "ray", "optuna")
@@ -35,12 +35,15 @@ def provenance(sweep: Sweep) -> Provenance:
         except metadata.PackageNotFoundError:  # espalier itself, run from a checkout
             continue
     data = sweep.config.data
+    encoded = published(sweep.store, sweep.encoded_prefix)
+    # The source may have fewer than were asked for.
+    pictures = encoded.meta.get("pictures", data.pictures) if encoded else data.pictures
     where = f" in {data.path}" if data.path else ""
     return Provenance(
         sweep=sweep.name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seed=sweep.config.seed,
-        data=f"{data.pictures} pictures ({data.source}{where}) at {data.resolution} × "
+        data=f"{pictures} pictures ({data.source}{where}) at {data.resolution} × "
         f"{data.resolution}, {data.held_out} of them held out",
         environment={
             **versions,
@@ -52,7 +55,10 @@ def provenance(sweep: Sweep) -> Provenance:
 
 def stage_costs(sweep: Sweep, stages: tuple[str, ...]) -> tuple[StageCost, ...]:
     """What the finished ones among the stages took."""
-    records = [read_record(sweep.store, sweep.name, stage) for stage in stages]
+    from search.stages import stage_named
+
+    # Of this configuration alone: a stage that it has not run has cost nothing yet.
+    records = [stage_named(stage).record(sweep) for stage in stages]
     return tuple(
         StageCost(
             name=record.stage,

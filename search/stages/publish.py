@@ -29,6 +29,7 @@ from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
 from storage import layout
 from storage.digest import digest_json
+from storage.manifest import published
 from storage.registry import keep_best, show_best
 from trainers.progress import Progress
 from trainers.students.counts import plan_parameters
@@ -64,12 +65,22 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         register(sweep.store, sweep.teacher, sweep.name, finalist)
         if sweep.config.keep_models is not None:
             keep_best(sweep.store, budget, sweep.teacher.digest, sweep.config.keep_models, prefix)
-        if show_best(sweep.store, budget) == prefix:
-            prefix = layout.best(budget)
+        show_best(sweep.store, budget)
         students[budget] = {"finalist": finalist.prefix, "prefix": prefix}
     found = ratios(sweep, [(r.plan, r.student) for rs in candidates.values() for r in rs])
     said = f"{len(students)} models published{told(found)}"
     return Outcome(said, {"students": students, "predicted": found})
+
+
+def shown_prefix(sweep: Sweep, budget: str) -> str:
+    """Where the student lies that this sweep published: at best/BUDGET while that shows it."""
+    record = PUBLISH.record(sweep)
+    assert record is not None, budget
+    said: Any = record.facts["students"]
+    copy = published(sweep.store, layout.best(budget))
+    if copy is not None and copy.meta.get("student") == said[budget]["finalist"]:
+        return layout.best(budget)
+    return str(said[budget]["prefix"])
 
 
 def judged_prefix(sweep: Sweep, model: str) -> str:

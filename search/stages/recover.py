@@ -109,6 +109,7 @@ def _students(sweep: Sweep) -> list[str]:
 
 RECOVER = Stage(
     name="recover",
+    workers=lambda sweep: sweep.config.recover.range[1],
     digest=lambda sweep: sweep.recover_digest,
     run=run,
     parts=_students,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from search.stages.measure import confirmed
-from search.stages.publish import PUBLISH, judged_of
+from search.stages.publish import PUBLISH, judged_of, shown_prefix
 from search.stages.record import read_attempt
 from search.stages.recover import recoveries_of
 from search.stages.report import shown_url
@@ -36,7 +36,7 @@ def results(sweep: Sweep) -> dict[str, Any]:
                 "memory_bytes": cost.memory if cost else None,
                 "fidelity_loss": recovery.fidelity_loss,
                 "judge_score": judged.scores.get("overall") if judged else None,
-                "url": f"{shown_url(sweep)}/{said['prefix']}",
+                "url": f"{shown_url(sweep)}/{shown_prefix(sweep, budget)}",
             }
         )
     report = f"{shown_url(sweep)}/{layout.report(sweep.name)}/report.html"

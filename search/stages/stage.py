@@ -56,6 +56,12 @@ class Stage:
     """Whether the stages after it need its output."""
     placed: Callable[[Sweep], bool] = lambda _: False
     """Whether it runs in this process unless models run on GPUs, see `place`."""
+    workers: Callable[[Sweep], int] = lambda sweep: sweep.config.workers
+    """Processes that it is spread over, where it is."""
+
+    def spread(self, sweep: Sweep) -> int:
+        """Processes that it is spread over."""
+        return 1 if self.placed(sweep) else self.workers(sweep)
 
     def needs_cluster(self, sweep: Sweep) -> bool:
         return not self.placed(sweep) or sweep.config.accelerator == "gpu"
@@ -97,7 +103,7 @@ def run_stage(stage: Stage, sweep: Sweep, shown: Progress) -> StageRecord:
         digest=digest,
         started=before.started if before else watch.started,
         seconds=round(watch.seconds + (before.seconds if before else 0.0), 2),
-        workers=sweep.config.workers,
+        workers=stage.spread(sweep),
         summary=outcome.summary,
         facts=outcome.facts,
     )
@@ -122,7 +128,7 @@ def skip_stage(stage: Stage, sweep: Sweep) -> StageRecord:
         digest=digest,
         started=ours.started if ours else datetime.now(UTC),
         seconds=ours.seconds if ours else 0.0,
-        workers=sweep.config.workers,
+        workers=stage.spread(sweep),
         summary="done before it was cut off" if ours else "made by another sweep",
         reused=ours is None,
     )

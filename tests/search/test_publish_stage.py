@@ -117,6 +117,7 @@ def test_the_best_recovery_becomes_a_model_and_a_page(sweep: Sweep, tmp_path: Pa
     card = (tmp_path / "runs" / entry.model / "README.md").read_text()
     for words in ("## Judge scores", "counting", sweep.teacher.digest, "library_name: diffusers"):
         assert words in card
+    assert "20 pictures (shapes)" in card  # which is all there are
 
     from diffusers import QwenImagePipeline
 
@@ -257,4 +258,5 @@ def test_only_the_best_models_stay_when_asked(sweep: Sweep) -> None:
     assert [entry.plan_digest for entry in left] == ["0", told["plan"]]
     there = {entry.model.split("/")[2] for entry in left if entry.model}
     assert there == {"0", told["url"].rpartition("/")[2]}
+    assert told["url"] == f"{sweep.store.url}/models/60pct/{max(there)}"  # best/60pct shows another
     assert {key.split("/")[2] for key in sweep.store.keys("models")} == there

@@ -225,6 +225,7 @@ def test_ray_workers_find_what_one_process_finds(tiny_pipeline: Path, tmp_path: 
         sweep = open_sweep(config)
         stage_named("encode").run(sweep, silent())
         assert stage_named("analyse").needs_cluster(sweep) == (workers > 1)
+        assert stage_named("analyse").spread(sweep) == workers
         stage_named("analyse").run(sweep, silent())
         sweeps.append(sweep)
     found = [load_analysis(sweep.store, sweep.analysis_prefix) for sweep in sweeps]
