@@ -263,9 +263,19 @@ def _parquet_row(config: DataConfig, where: str, values: dict[str, Any]) -> Any:
         picture = picture.get("bytes")
     if not picture:
         raise DataError(f"{where}: has a caption but no picture; remove the row")
-    if not caption:
+    if not isinstance(picture, bytes):
+        raise DataError(
+            f"{where}: its picture is a {type(picture).__name__}, not an encoded picture; set "
+            "data.picture_column to a column that holds the files' content"
+        )
+    if not isinstance(caption, str | None):
+        raise DataError(
+            f"{where}: its caption is a {type(caption).__name__}, not a text; set "
+            "data.caption_column to a column of texts"
+        )
+    if not caption or not caption.strip():
         raise DataError(f"{where}: has a picture but no caption; remove the row")
-    return _decode(picture, where, config.resolution), caption
+    return _decode(picture, where, config.resolution), caption.strip()
 
 
 @contextmanager
@@ -352,7 +362,7 @@ def _decode(content: bytes, where: str, resolution: int) -> NDArray[np.uint8]:
         raise DataError(
             f"{where}: cannot be read as a picture (of no known format); remove it"
         ) from error
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: cannot be read as a picture ({error}); remove it") from error
     return np.asarray(ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS))
 

@@ -136,6 +136,36 @@ def test_a_parquet_row_that_lacks_a_half_is_named(caption, picture, message, tmp
         read_unit(made, list_units(made)[0], seed=0)
 
 
+@pytest.mark.parametrize(
+    ("picture", "caption", "message"),
+    [
+        ("https://x/1.png", "grey", "its picture is a str, not an encoded picture"),
+        (png(0), 7, "its caption is a int, not a text"),
+        (png(0), ["a", "b"], "its caption is a list, not a text"),
+        (png(0), "  ", "has a picture but no caption"),
+    ],
+)
+def test_a_parquet_column_of_something_else_is_named(picture, caption, message, tmp_path: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [picture] * 2, "caption": [caption] * 2})
+    pq.write_table(table, tmp_path / "a.parquet")
+    made = config(tmp_path, "parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet: row 0: {message}"):
+        read_unit(made, list_units(made)[0], seed=0)
+
+
+def test_a_picture_of_too_many_pixels_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png(0))
+        (tmp_path / f"{name}.txt").write_text("grey")
+    made = config(tmp_path, "folder")
+    with pytest.raises(DataError, match=r"a\.png: cannot be read as a picture \(Image size"):
+        read_unit(made, list_units(made)[0], seed=0)
+
+
 def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path: Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
