@@ -164,7 +164,7 @@ def _parsed(written: str) -> dict[str, Any]:
     fraction = round(number / 100 if percent else number, 10)
     if (percent or not word) and currency in CURRENCIES and 0 < fraction <= 1:
         return {"currency": currency, "fraction": fraction}
-    if not percent and word.upper() in _OF_UNIT:
+    if not percent and word.upper() in _OF_UNIT and math.isfinite(number):
         currency, size = _OF_UNIT[word.upper()]
         least = _LEAST[currency]
         count = round(number * size / least) * least

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from storage.manifest import publish, published, read_bytes, read_json
 from storage.section import Section
@@ -40,7 +40,7 @@ class JudgeConfig(Section):
     """Denoising steps of a picture. At least 2: a schedule with a terminal shift has no single
     one."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Every model draws a caption from the same noise, which follows from this."""
 
     shown: PositiveInt = 12

@@ -104,6 +104,8 @@ class FolderStore:
                 return  # it holds something else, or another remover was first
 
     def listing(self, prefix: str) -> Iterator[Stored]:
+        if not self._root.is_dir():
+            return iter(())
         now, found = self._now(), []
         for path in self._walk(prefix):
             with suppress(FileNotFoundError):  # removed meanwhile

@@ -88,7 +88,12 @@ def open_s3(url: str, options: StoreOptions, patient: bool = False) -> S3Store:
     )
     files.retries = 1
     store = S3Store(files, parts.netloc, prefix)
-    store.probe(_PATIENCE if patient else _TO_OPEN)
+    try:
+        store.probe(_PATIENCE if patient else _TO_OPEN)
+    except ValueError as error:  # botocore's, of an endpoint that is no URL
+        raise StoreError(
+            f"{url}: {_sentence(error)}; an endpoint is written http://HOST:PORT or https://HOST"
+        ) from error
     return store
 
 

@@ -60,6 +60,10 @@ def endings(resume: str | None = None) -> Iterator[None]:
         yield
     except EspalierError as error:
         _complain(str(user_error(error) or error), USER_ERROR)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _complain(f"{error.filename}: {error.strerror or error}", USER_ERROR)
     except KeyboardInterrupt:
         if resume is None:
             _complain("interrupted", INTERRUPTED)

@@ -13,6 +13,7 @@ from cluster.cli.common import Json, endings, print_json, quieten_libraries
 from storage.errors import EspalierError
 
 PANEL = "Use a model"
+MOST_SEED = 2**32 - 1
 QWEN_IMAGE_SIZE = 1024
 """Pixels a side that Qwen-Image draws when a model does not say what it was made for."""
 
@@ -24,7 +25,9 @@ Model = Annotated[
         metavar="MODEL",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Fixes the noise that pictures start from.", min=0)]
+Seed = Annotated[
+    int, typer.Option(help="Fixes the noise that pictures start from.", min=0, max=MOST_SEED)
+]
 Steps = Annotated[int, typer.Option(help="Denoising steps.", min=2)]
 Size = Annotated[
     int | None,

@@ -232,7 +232,12 @@ def transformer_config(name: str) -> dict[str, Any]:
         from trainers.teacher import HUB_NAME
 
         known = HUB_NAME.fullmatch(name)
-        model, revision = known.groups() if known else (name, None)
+        if known is None or Path(name).expanduser().parent.exists():
+            raise TeacherSizesError(
+                f"teacher {name}: no such folder; give a diffusers pipeline folder or a name on "
+                "the Hugging Face hub such as Qwen/Qwen-Image"
+            )
+        model, revision = known.groups()
         try:
             file = Path(hf_hub_download(model, "transformer/config.json", revision=revision))
         except (HfHubHTTPError, HFValidationError, OSError) as error:

@@ -344,6 +344,22 @@ def test_wrong_usage_is_2() -> None:
     assert espalier("swepe").exit_code == 2
 
 
+def test_a_plans_teacher_that_is_no_folder_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(identity_plan("qwen_image", 6).to_json())
+    done = espalier("plan", path, "--teacher", tmp_path / "absent")
+    assert done.exit_code == 1
+    assert "no such folder" in done.stderr
+
+
+def test_an_output_that_is_a_folder_is_told(tmp_path: Path, tiny_pipeline: Path) -> None:
+    (tmp_path / "out.png").mkdir()
+    prompt = ("--prompt", "a red circle", "--size", "64", "--steps", "2")
+    done = espalier("generate", tiny_pipeline, *prompt, "--out", tmp_path / "out.png")
+    assert done.exit_code == 1
+    assert "out.png: Is a directory" in done.stderr
+
+
 def test_a_budget_below_every_plan_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:
     done = espalier("sweep", sweep_file(tmp_path, tiny_pipeline, budgets=["1%"]))
     assert done.exit_code == 1

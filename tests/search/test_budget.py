@@ -94,7 +94,22 @@ def test_labels_are_equal_exactly_for_equal_budgets(one: int, other: int) -> Non
 @pytest.mark.parametrize(
     "written",
     [
-        *("", "ten", "-3", "0", "0%", "150%", "1.5", "10T", "nan", True, "0ms", "0.2KiB", "3GB"),
+        *(
+            "",
+            "ten",
+            "-3",
+            "0",
+            "0%",
+            "150%",
+            "1.5",
+            "10T",
+            "nan",
+            "1e400",
+            True,
+            "0ms",
+            "0.2KiB",
+            "3GB",
+        ),
         *("60% speed", "0.5 latency", "60% ms", "50%B", "% latency"),
     ],
 )

@@ -136,6 +136,10 @@ def test_a_copy_of_the_best_that_is_being_replaced_is_not_listed(store):
     assert listed(store) == []
 
 
+def test_a_storage_folder_that_is_not_there_yet_has_none(tmp_path):
+    assert listed(open_store(str(tmp_path / "runs"))) == []
+
+
 def test_what_is_young_is_never_listed(store):
     store.write("library/t/cut/tensors.safetensors", b"123")
     assert find_garbage(store, 3600) == []

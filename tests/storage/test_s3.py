@@ -55,6 +55,13 @@ def test_a_body_of_exactly_one_part(s3_url):
         assert len(body.read()) == _PART
 
 
+def test_an_endpoint_that_is_no_url_is_told(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with pytest.raises(StoreError, match=r"localhost:9000; an endpoint is written http://"):
+        open_store("s3://bucket/x", StoreOptions(endpoint="localhost:9000"))
+
+
 def test_an_upload_that_somebody_ended_is_told_as_that(s3_url):
     store = open_store(s3_url)
 
