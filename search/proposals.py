@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from search.budget import Currency, Target
 from search.objectives import DEFAULT, Scored
-from search.samplers import Sampler, make_sampler
+from search.samplers import GENETIC, Sampler, make_sampler
 from search.space import Space
 from search.surrogate import Surrogate
 from trainers.students.plan import Plan
@@ -265,6 +265,9 @@ class Proposals:
                 self._dearer[target.label].append(cost / predicted)
             if not math.isfinite(loss):
                 continue
+            study = self.studies[proposal.budget]
+            if not noted and self._sampler in GENETIC:
+                noted = self._generation(study)
             result = optuna.trial.create_trial(
                 params=dict(self._space.encode(proposal.plan)),
                 distributions=self._distributions,
@@ -277,11 +280,20 @@ class Proposals:
                 constraints=None if cost is None else {target.currency: target.over(cost)},
                 system_attrs=dict(noted),
             )
-            study = self.studies[proposal.budget]
             study.add_trial(result)
             self.studies[proposal.budget] = _shortened(study, self._loss_at)
             if loss > 0:
                 self._surrogates[proposal.budget].learn(proposal.plan, loss)
+
+    def _generation(self, study: optuna.Study) -> Mapping[str, Any]:
+        """What a genetic sampler notes of a trial that it draws now: it breeds from none without,
+        and so not from the plans that others proposed."""
+        import optuna
+
+        trial = study.ask()
+        sampler: Any = make_sampler(self._sampler, self._seed)
+        sampler.get_trial_generation(study, study.get_trials(deepcopy=False)[trial.number])
+        return study.tell(trial, state=optuna.trial.TrialState.FAIL).system_attrs
 
 
 def _shortened(study: optuna.Study, loss_at: int) -> optuna.Study:

@@ -15,6 +15,8 @@ Sampler = Literal["tpe", "nsga2", "nsga3", "gp", "random"]
 
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
+GENETIC: tuple[Sampler, ...] = ("nsga2", "nsga3")
+
 POPULATION = 16
 """Of the genetic samplers. Optuna's 50 would not see a second generation in most searches."""
 

@@ -182,17 +182,21 @@ def test_another_seed_searches_elsewhere(
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
-def test_a_genetic_sampler_breeds_from_what_it_drew(space: Space, sampler: Sampler) -> None:
+def test_a_genetic_sampler_breeds_from_all_that_is_scored(space: Space, sampler: Sampler) -> None:
     proposals = make_proposals(space, trials=6 + 5 * POPULATION, sampler=sampler)
     run(proposals, space, workers=1)
-    generations = {
-        value
-        for study in proposals.studies.values()
-        for trial in study.trials
-        for key, value in trial.system_attrs.items()
-        if key.endswith(":generation") and trial.state.name == "COMPLETE"
-    }
-    assert {0, 1} <= generations
+    for study in proposals.studies.values():
+        whole = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+        generations = [
+            value
+            for trial in whole
+            for key, value in trial.system_attrs.items()
+            if key.endswith(":generation")
+        ]
+        assert len(generations) == len(whole)
+        assert generations[:POPULATION] == [0] * POPULATION
+        assert max(generations) >= 1
+        assert generations == sorted(generations)
 
 
 def test_ends_when_every_plan_has_been_proposed() -> None:
