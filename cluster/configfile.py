@@ -50,12 +50,15 @@ def load_config(path: Path, settings: Sequence[str], section: type[Model]) -> Mo
         problems = error.errors()
         # A tuple with a wrong item is also reported as too short: said once.
         inner = {p["loc"][:i] for p in problems for i in range(len(p["loc"]))}
+        told: dict[str, list[str]] = {}
+        for problem in problems:
+            if problem["type"] != "too_short" or problem["loc"] not in inner:
+                said = sentence(problem, section)
+                told.setdefault(dotted(_written(problem, document)), []).append(said)
         lines = [
-            f"{path.name}: {sentence(problem, section)}"
-            for problem in problems
-            if problem["type"] != "too_short" or problem["loc"] not in inner
+            f"{where}: {_joined(said)}" if where else _joined(said) for where, said in told.items()
         ]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+        raise ConfigError("\n".join(f"{path.name}: {line}" for line in lines)) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -109,26 +112,49 @@ def drop_empty(document: dict[str, Any], section: type[BaseModel]) -> None:
 
 
 def sentence(problem: ErrorDetails, section: type[BaseModel]) -> str:
-    """One pydantic problem as `path: what is wrong, got what`."""
+    """One pydantic problem as `what is wrong, got what`."""
     place, kind, context = problem["loc"], problem["type"], problem.get("ctx", {})
-    where = dotted(place)
     if kind == "extra_forbidden":
-        return f"{where}: unknown key; {_suggestion(str(place[-1]), known_names(section, place))}"
+        return f"unknown key; {_suggestion(str(place[-1]), known_names(section, place))}"
     if kind == "missing":
-        return f"{where}: is missing"
+        return "is missing"
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
-        return f"{where}: {words} {context[bound]}, got {problem['input']!r}"
+        return f"{words} {context[bound]}, got {problem['input']!r}"
     if kind == "literal_error":
-        return f"{where}: must be {context['expected']}, got {problem['input']!r}"
+        return f"must be {context['expected']}, got {problem['input']!r}"
     if kind == "too_short":
-        return f"{where}: must have at least {context['min_length']}, got {len(problem['input'])}"
+        return f"must have at least {context['min_length']}, got {len(problem['input'])}"
     if kind in ("value_error", "assertion_error"):
-        said = str(context.get("error", problem["msg"]))
-        return f"{where}: {said}" if where else said
+        return str(context.get("error", problem["msg"]))
+    if kind == "tuple_type":
+        return f"must be a list in brackets, got {_short(problem['input'])}"
     said = problem["msg"].removeprefix("Input should be ").removeprefix("Value should have ")
     said = f"must be {said}" if problem["msg"].startswith("Input should be") else said
-    return f"{where}: {said}, got {_short(problem['input'])}"
+    return f"{said}, got {_short(problem['input'])}"
+
+
+def _written(problem: ErrorDetails, document: Any) -> list[int | str]:
+    """Where a problem is in the file: pydantic also names which of several types a value would have
+    had to be."""
+    place: list[int | str] = []
+    for part in problem["loc"]:
+        try:
+            document = document[part]
+        except (KeyError, IndexError, TypeError):
+            if problem["type"] != "missing" or part != problem["loc"][-1]:
+                continue
+        place.append(part)
+    return place
+
+
+def _joined(said: Sequence[str]) -> str:
+    """What is wrong with one value, which might have been of several types."""
+    distinct = list(dict.fromkeys(said))
+    got = f", got {distinct[-1].rpartition(', got ')[2]}"
+    if len(distinct) > 1 and all(each.endswith(got) for each in distinct):
+        return f"{', or '.join(each.removesuffix(got) for each in distinct)}{got}"
+    return "; ".join(distinct)
 
 
 def dotted(place: Sequence[int | str]) -> str:

@@ -66,7 +66,7 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
         ),
         (
             "recover.space.phases=[{loss: span, steps: 0, lr: 1}]",
-            "sweep.yaml: recover.space.phases[0].steps[0]: must be greater than 0, got 0",
+            "sweep.yaml: recover.space.phases[0].steps: must be greater than 0, got 0",
         ),
         ("accelerator=tpu", "sweep.yaml: accelerator: must be 'cpu' or 'gpu', got 'tpu'"),
         (
@@ -91,6 +91,11 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
         ("budgets=[50%, 0.5]", "budgets: 50pct is asked for twice; remove one"),
         ("budgets=[lots]", "sweep.yaml: budgets[0]: 'lots': not a size"),
         ("budgets=[]", "sweep.yaml: budgets: must have at least 1, got 0"),
+        ("budgets=50%", "sweep.yaml: budgets: must be a list in brackets, got '50%'"),
+        (
+            "library.widths=[0]",
+            "sweep.yaml: library.widths[0]: must be greater than 0.0, or must be 'linear', got 0",
+        ),
         ("search", "--set search: must be KEY=VALUE"),
     ],
 )
