@@ -29,6 +29,7 @@ from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep
 from storage import layout
 from storage.digest import digest_json
+from storage.errors import DamagedError
 from storage.manifest import published
 from storage.registry import keep_best, show_best
 from trainers.progress import Progress
@@ -77,7 +78,10 @@ def shown_prefix(sweep: Sweep, budget: str) -> str:
     record = PUBLISH.record(sweep)
     assert record is not None, budget
     said: Any = record.facts["students"]
-    copy = published(sweep.store, layout.best(budget))
+    try:
+        copy = published(sweep.store, layout.best(budget))
+    except DamagedError:
+        copy = None
     if copy is not None and copy.meta.get("student") == said[budget]["finalist"]:
         return layout.best(budget)
     return str(said[budget]["prefix"])
