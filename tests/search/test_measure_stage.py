@@ -35,6 +35,7 @@ def make_sweep(tmp_path: Path, teacher: Path, *budgets: str, **changes: object) 
         "name": "tiny", "teacher": str(teacher), "storage": str(tmp_path / "runs"),
         "budgets": list(budgets), "measure": {"warmup": 0, "repeats": 3, "margin": 0},
         "judge": {"task": "shapes", "per_family": 1, "steps": 2, "shown": 1},
+        "workers": 1,  # judges in this process
     }  # fmt: skip
     sweep = open_sweep(SweepConfig.model_validate(config | changes))
     encode(sweep)
