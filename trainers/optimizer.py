@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -19,9 +19,31 @@ WEIGHT_DECAY = 0.02
 _CODES, _SCALE = ".codes", ".scale"
 
 
+class _AdamW(torch.optim.AdamW):
+    """Steps on what this rank holds of each tensor: the same numbers, without the cost of a
+    sharded tensor's dispatch, which small tensors feel."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        is_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return cast("bool", is_complex)
+
+
 def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
     """AdamW over many tensors at once; a tensor without a gradient is left as it is."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    return _AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+
+def squared_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of what this rank holds of some gradients, a float32 scalar."""
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients], dtype=torch.float32)
+    return torch.stack(norms).square().sum()
+
+
+def scale(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiplies gradients, in place."""
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
 
 
 def make_optimizer(

@@ -26,7 +26,16 @@ from storage.stored import StoredTensors
 from trainers.data.latents import Latents, shares, training_inputs
 from trainers.distilled import Distilled, Observed, detached, joined, local
 from trainers.losses import Totals, diffusion_loss, span_loss, totals, velocity_loss
-from trainers.optimizer import make_optimizer, moments, placed, rate_at, set_moments, set_rate
+from trainers.optimizer import (
+    make_optimizer,
+    moments,
+    placed,
+    rate_at,
+    scale,
+    set_moments,
+    set_rate,
+    squared_norm,
+)
 from trainers.schedule import NOTHING_REPLACED, Phase, Schedule, StepConfig
 from trainers.students.families.base import Inputs, State
 
@@ -219,11 +228,15 @@ def train_step(
     """One optimizer step; the loss before it, over all ranks. NaN, and no step, when the loss or
     the gradient's norm is not finite."""
     loss = backward(student, teacher, example, phase, mean)
-    trained = [p for p in student.parameters() if p.grad is not None]
-    norm = full(nn.utils.clip_grad_norm_(trained, phase.clip))
-    value, norm_value = torch.stack([mean(loss.detach()), norm.detach()]).tolist()
-    finite = math.isfinite(value) and math.isfinite(norm_value)
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    squares = squared_norm(gradients)
+    if isinstance(gradients[0], DTensor):  # the ranks hold parts: their sum is asked for
+        squares = squares * gradients[0].device_mesh.size()
+    # Once for both: to wait for the other ranks costs more than what is sent.
+    value, squared = mean(torch.stack([loss.detach(), squares])).tolist()
+    finite = math.isfinite(value) and math.isfinite(squared)
     if finite:
+        scale(gradients, min(1.0, phase.clip / (math.sqrt(squared) + 1e-6)))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return cast("float", value) if finite else math.nan
@@ -411,11 +424,6 @@ def _room(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     mine = (len(local(parameter)), *shape[1:])
     return placed(torch.empty(mine, dtype=dtype, device=parameter.device), parameter)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _span_backward(

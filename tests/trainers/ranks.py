@@ -9,12 +9,19 @@ from typing import Any
 
 import torch.distributed
 import torch.multiprocessing
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def on_ranks(world: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What `function(*arguments)`, of a module and JSON-able, gives on each of `world` ranks."""
     torch.multiprocessing.spawn(_rank, (world, function, folder, arguments), nprocs=world)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world)]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _rank(

@@ -14,8 +14,8 @@ import torch.distributed
 from storage.errors import DamagedError
 from storage.manifest import publish
 from storage.store import StoreOptions, open_store
+from tests.trainers.ranks import full
 from trainers.distilled import Distilled
-from trainers.recovery import full
 from trainers.sharded import load_distilled, load_observed
 from trainers.students.plan import BlockPlan, Plan
 from trainers.students.surgery import assemble, make_block

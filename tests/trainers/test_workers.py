@@ -11,12 +11,19 @@ from torch import Tensor
 
 from storage.checkpoint import Saver, latest_checkpoint
 from storage.store import open_store
-from tests.trainers.ranks import on_ranks
+from tests.trainers.ranks import full, on_ranks
 from tests.trainers.students.tiny import QWEN_IMAGE
 from trainers import sharded
 from trainers.data.latents import Latents, Shard
 from trainers.distilled import Distilled, Observed
-from trainers.recovery import Position, examples_of, full, held_tensors, read_held, recover
+from trainers.recovery import (
+    Position,
+    examples_of,
+    held_tensors,
+    read_held,
+    recover,
+    train_step,
+)
 from trainers.schedule import Phase, Schedule, StepConfig
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import assemble
@@ -117,6 +124,44 @@ def recovered(
         name: [tensor.sum().item(), tensor.square().sum().item()]
         for name, tensor in tensors.items()
     }
+
+
+def change(folder: str, clip: float) -> float:
+    """How far a step goes that is as long as the clipped gradient."""
+    grouped = torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), 2) if grouped else (0, 1)
+    model = stored_teacher(Path(folder)).transformer()
+    student = Distilled(QWEN_IMAGE.family, assemble(model, PLAN).float(), PLAN)
+    if grouped:
+        sharded.shard(student, torch.device("cpu"), torch.float32)
+
+    def mean(value: Tensor) -> Tensor:
+        if grouped:
+            torch.distributed.all_reduce(value := value.clone())
+        return value / world
+
+    phase = Phase(loss="velocity", train="all", steps=1, lr=1.0, batch_size=6, clip=clip)
+    before = [full(p.detach()).clone() for p in student.parameters()]
+    optimizer = torch.optim.SGD(student.requires_grad_(True).parameters(), lr=1.0)
+    example = next(examples_of(latents(), 5, rank, world)(0, phase, 0))
+    train_step(student, Observed(QWEN_IMAGE.family, model), example, phase, optimizer, mean)
+    after = [full(p.detach()) for p in student.parameters()]
+    pairs = zip(before, after, strict=True)
+    return sum((b - a).double().square().sum().item() for b, a in pairs) ** 0.5
+
+
+def changes(folder: str) -> list[float]:
+    """Of a gradient that is clipped, and of one that is not."""
+    return [change(folder, 0.01), change(folder, 1e6)]
+
+
+def test_a_gradient_is_clipped_by_its_norm_over_all_workers(tmp_path: Path) -> None:
+    QWEN_IMAGE.model().save_pretrained(tmp_path / "transformer")
+    clipped, whole = changes(str(tmp_path))
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+    assert whole > 0.1
+    for found in on_ranks(2, changes, tmp_path, str(tmp_path)):
+        assert found == pytest.approx([clipped, whole], rel=1e-3)
 
 
 def on_two(folder: str) -> list[dict[str, list[float]]]:
