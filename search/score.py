@@ -29,6 +29,7 @@ from trainers.measure import (
     measuring_inputs,
     weight_bytes,
 )
+from trainers.placement import import_models
 from trainers.probe import FidelityProbe, ProbeConfig, shared_probe
 from trainers.students.families.base import Family, Inputs
 from trainers.students.plan import BlockPlan, Plan
@@ -101,6 +102,7 @@ class Bench:
 
     def open(self) -> Scorer:
         """Loads teacher, library and probe."""
+        import_models()
         import torch
 
         from trainers.data.latents import open_latents

@@ -25,7 +25,7 @@ from storage.errors import EspalierError
 from storage.section import Section
 from storage.store import Store, StoreOptions, discard_unfinished, open_store
 from trainers.desk import Line, Taken
-from trainers.placement import Share
+from trainers.placement import Share, import_models
 from trainers.probe import ProbeConfig
 from trainers.schedule import Schedule, StepConfig
 from trainers.students.plan import BlockPlan, Plan
@@ -117,6 +117,7 @@ def train_loop(config: dict[str, Any]) -> bool:
 
     False when it left before the end because a machine goes: the job goes on in another run.
     """
+    import_models()
     import ray.train
 
     context = ray.train.get_context()

@@ -121,6 +121,8 @@ def _stream(
     ray.data.DataContext.get_current().enable_progress_bars = False
     share = share_of(workers, accelerator)
     actors = min(workers, len(units))
+    # A GPU encodes faster than one process reads; a processor does not, and each has to start.
+    readers = 2 * actors if accelerator == "gpu" else actors
     rows = (
         ray.data.from_items(
             [{"number": unit.number, "items": json.dumps(unit.items)} for unit in units],
@@ -130,7 +132,7 @@ def _stream(
             _read_row,
             fn_kwargs={"config": config, "seed": seed, "options": arguments["options"]},
             num_cpus=0.25,
-            compute=ray.data.TaskPoolStrategy(size=min(2 * actors, len(units))),
+            compute=ray.data.TaskPoolStrategy(size=min(readers, len(units))),
         )
         .map_batches(
             Encoder,
