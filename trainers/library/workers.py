@@ -66,7 +66,7 @@ def train_library(
     store (by its URL and `options`) once and takes groups until none is left. A group is stored
     when it is finished, and its replacements save checkpoints before: a lost worker or a cut-off
     run of the same `sweep`, a name, loses only the steps since. What a replacement becomes does not
-    depend on any of it.
+    depend on any of it; its last bits may, on how many threads a worker has.
     Raises LibraryError when none came through.
     """
     progress = progress or silent()

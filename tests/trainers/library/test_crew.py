@@ -45,9 +45,12 @@ from trainers.teacher import Teacher
 pytestmark = [pytest.mark.usefixtures("ray"), pytest.mark.timeout(600)]
 
 
-def train(store: Store, teacher: Teacher, progress: Progress | None = None) -> LibraryReport:
+def train(
+    store: Store, teacher: Teacher, progress: Progress | None = None, sweep: str = SWEEP
+) -> LibraryReport:
+    """Always on two workers: how many threads each has shows in the last bits on some machines."""
     return train_library(
-        teacher, MANY, store, ENCODING, LONG, SWEEP, probe=PROBE, workers=2, progress=progress
+        teacher, MANY, store, ENCODING, LONG, sweep, probe=PROBE, workers=2, progress=progress
     )
 
 
@@ -71,11 +74,8 @@ def test_two_sweeps_may_train_the_same_replacements_at_once(
     store = open_store(str(tmp_path))
     put_latents(store)
 
-    def trained(sweep: str) -> LibraryReport:
-        return train_library(teacher, MANY, store, ENCODING, LONG, sweep, probe=PROBE)
-
     with ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(trained, ("one", "two")))
+        reports = list(pool.map(lambda sweep: train(store, teacher, sweep=sweep), ("one", "two")))
     for report in reports:
         assert set(report.prefixes) == set(MANY)
         assert (report.interruptions, report.failed) == ((), {})
