@@ -55,6 +55,10 @@ class SearchError(EspalierError):
     """A search that cannot go on."""
 
 
+LAG = 8
+"""See `SearchConfig.lag`."""
+
+
 class SearchConfig(Section):
     """How plans are searched."""
 
@@ -101,10 +105,11 @@ class SearchConfig(Section):
     (`sqlite:///…`, `postgresql://…`) or a journal's path. Without one, a journal under `studies/`
     in the storage folder, or in the user's cache for an object store."""
 
-    lag: PositiveInt = 8
-    """A trial is proposed from the results of all trials at least so many before it, however many
-    workers there are: the search is the same on one worker and on eight. Fewer learns faster; it
-    also bounds how many trials run side by side."""
+    lag: PositiveInt | None = None
+    """A trial is proposed from the results of all trials at least so many before it, whoever is
+    done first: the search is the same on one worker and on eight. Fewer learns faster; it also
+    bounds how many trials run side by side. null: 8, or as many as `workers` where they are more;
+    the search is then that of so many."""
 
     timeout: PositiveFloat = 1800.0
     """Seconds that scoring a plan may take, with the loading before a process's first. One that
@@ -187,6 +192,7 @@ def run_search(
     store: Store,
     prefix: str,
     *,
+    workers: int = 1,
     cpus: float = 1.0,
     gpus: float = 0.0,
     seed: int = 0,
@@ -198,7 +204,8 @@ def run_search(
     `prefix`.
 
     Actors of `cpus` and `gpus` each score side by side, as many as the cluster has room for while
-    nodes come and go, up to `config.lag`. Scores found under `bench.scores` are not made again.
+    nodes come and go, up to `config.lag`, which by default `workers` may raise. Scores found under
+    `bench.scores` are not made again.
     `log` shows the trials to others. Needs a running Ray; raises SearchError with the cause when a
     plan could not be scored, or not logged. A score that is not a number fails its trial alone, and
     so does a plan that ends its process again and again.
@@ -206,12 +213,13 @@ def run_search(
     from search.study import PlanSearcher, final, lost, score_from_json, score_json
 
     progress = progress or silent()
+    lag = config.lag or max(LAG, workers)
     proposals = Proposals(
         space,
         targets,
         trials=config.trials,
         exact=config.exact,
-        lag=config.lag,
+        lag=lag,
         seed=seed,
         plans=plans,
         sampler=config.sampler,
@@ -254,7 +262,7 @@ def run_search(
     searcher = PlanSearcher(proposals, known, take, config.timeout)
     cause = ""
     while searcher.advance():
-        cause = _tune(searcher, bench, config, cpus, gpus)
+        cause = _tune(searcher, bench, config.timeout, lag, cpus, gpus)
         gc.collect()  # what Tune leaves refers to itself, and would be there beside the next run's
     if searcher.error is not None:
         # Of processes that were lost, and made good, before another fault nothing is said.
@@ -326,7 +334,9 @@ def _agreement(trials: Sequence[Trial], guess: Callable[[Trial], float]) -> floa
     return rank_correlation([guessed for guessed, _ in whole], [loss for _, loss in whole])
 
 
-def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpus: float) -> str:
+def _tune(
+    searcher: object, bench: Bench, timeout: float, lag: int, cpus: float, gpus: float
+) -> str:
     """Runs Tune once, for at most `ROUND` trials; the last line of the first trial's exception, or
     nothing."""
     from ray import tune
@@ -334,7 +344,7 @@ def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpu
     from search.study import ScoringActor, quiet_tune
 
     trainable = tune.with_resources(
-        tune.with_parameters(ScoringActor, bench=bench, timeout=config.timeout),
+        tune.with_parameters(ScoringActor, bench=bench, timeout=timeout),
         {"cpu": cpus, "gpu": gpus},
     )
     with tempfile.TemporaryDirectory(prefix="espalier-tune-") as folder, quiet_tune():
@@ -343,7 +353,7 @@ def _tune(searcher: object, bench: Bench, config: SearchConfig, cpus: float, gpu
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=ROUND,
-                max_concurrent_trials=config.lag,
+                max_concurrent_trials=lag,
                 reuse_actors=True,
                 trial_name_creator=_short,
                 trial_dirname_creator=_short,
