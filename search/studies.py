@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from search.features import plan_features
 from search.objectives import DEFAULT, Scored
@@ -35,6 +35,17 @@ ATTEMPTS = 12
 place of one that fell over."""
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 20.0
 """Before the second attempt, doubled before each later one; and the most."""
+TO_OPEN = 4
+"""Attempts before anything has begun: a wrong address or password is told within seconds."""
+
+POSTGRESQL = {"connect_timeout": 10, "keepalives_idle": 30, "tcp_user_timeout": 60_000}
+"""What libpq is told: seconds, seconds, milliseconds."""
+
+_BEGINS = b'{"op_code":'
+"""How every line of a journal begins."""
+
+_WRONG_PLACE = (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
+"""What a journal's path ends in that no waiting helps."""
 
 DETAILS = ("params", "distributions", "user_attrs")
 """Of a trial in a journal: what dashboards show and a search has no use for."""
@@ -62,6 +73,14 @@ def checked_url(url: str) -> str:
     )
 
 
+def check_study(url: str, name: str, teacher: str, store: str | None) -> None:
+    """StudyError when `StudyLog` would refuse the same: found before anything is paid for, and
+    nothing is changed."""
+    if "://" not in url and not Path(url).exists():
+        return
+    tried(url, lambda again: owned(open_storage(url), url, name, teacher, store), TO_OPEN)
+
+
 class StudyLog:
     """The study of one sweep, named as the sweep."""
 
@@ -85,7 +104,8 @@ class StudyLog:
         self._gone: StudyError | None = None
         """Why the database was given up."""
         self._objectives = tuple(objectives)
-        self._study: optuna.Study = self._tried(partial(self._open, teacher, search, store))
+        opened = partial(self._open, teacher, search, store)
+        self._study: optuna.Study = tried(url, opened, TO_OPEN)
         self._next = len(self._study.get_trials(False))
         self._early: dict[int, Trial] = {}
 
@@ -100,7 +120,12 @@ class StudyLog:
             raise self._gone
         self._early |= {trial.number: trial for trial in trials if trial.number >= self._next}
         while self._next in self._early:
-            self._tried(partial(self._put, _frozen(self._early[self._next], self._objectives)))
+            put = partial(self._put, _frozen(self._early[self._next], self._objectives))
+            try:
+                tried(self.url, put)
+            except StudyError as error:
+                self._gone = error
+                raise
             del self._early[self._next]
             self._next += 1
 
@@ -114,26 +139,12 @@ class StudyLog:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names
-        storage = _storage(self.url)
+        storage = open_storage(self.url)
         owner = {"teacher": teacher, "search": search}
         if store is not None:
             owner["storage"] = store
-        names = optuna.get_all_study_names(storage)
-        if self._name in names:
-            study = optuna.load_study(study_name=self._name, storage=storage)
-            other = study.user_attrs.get("teacher")
-            # One that says nothing and has nothing was cut off as it was made.
-            if other != teacher and (other is not None or study.get_trials(False)):
-                raise StudyError(
-                    f"{self.url}: its study {self._name} belongs to another teacher ({other}); "
-                    f"this one is {teacher}: give the sweep another name or another search.study"
-                )
-            home = study.user_attrs.get("storage", store)
-            if store is not None and home != store:
-                raise StudyError(
-                    f"{self.url}: its study {self._name} belongs to a sweep in {home}; give this "
-                    "one another name or another search.study"
-                )
+        study = owned(storage, self.url, self._name, teacher, store)
+        if study is not None:
             if study.user_attrs.get("search") == search:
                 return study
             optuna.delete_study(study_name=self._name, storage=storage)
@@ -147,25 +158,57 @@ class StudyLog:
             study.set_user_attr(key, value)
         return study
 
-    def _tried(self, work: Callable[[bool], Result]) -> Result:
-        """Calls `work`, again after a while when the database does not answer; it is told whether
-        it is called again."""
-        from sqlalchemy.exc import DBAPIError
 
-        failures = 0
-        while True:
-            try:
-                return work(failures > 0)
-            except (DBAPIError, OSError, _storage_error()) as error:
-                failures += 1
-                if failures == ATTEMPTS:
-                    self._gone = StudyError(
-                        f"{self.url}: the study's database does not answer "
-                        f"({_first_line(error)}); what is scored is kept: run the same command "
-                        "again when it does"
-                    )
-                    raise self._gone from error
-                sleep(min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS))
+def tried(url: str, work: Callable[[bool], Result], attempts: int = ATTEMPTS) -> Result:
+    """Calls `work`, again after a while when the database at `url` does not answer; it is told
+    whether it is called again. StudyError when it never does, or when that cannot help."""
+    from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+    from sqlalchemy.exc import DBAPIError
+
+    failures = 0
+    while True:
+        try:
+            return work(failures > 0)
+        except _WRONG_PLACE as error:
+            raise StudyError(
+                f"search.study: {error.filename or url}: {error.strerror}; name a file that can be "
+                "written, or a database's URL"
+            ) from error
+        # A duplicate: another process has made it at the same moment, and now it is there.
+        except (DBAPIError, OSError, StorageInternalError, DuplicatedStudyError) as error:
+            failures += 1
+            if failures == attempts:
+                raise StudyError(
+                    f"{url}: the study's database does not answer ({_first_line(error)}); what is "
+                    "scored is kept: run the same command again when it does"
+                ) from error
+            sleep(min(FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS))
+
+
+def owned(
+    storage: Any, url: str, name: str, teacher: str, store: str | None
+) -> optuna.Study | None:
+    """The study of that name, None when there is none; StudyError when it belongs to another
+    teacher or to a sweep elsewhere."""
+    import optuna
+
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    study = optuna.load_study(study_name=name, storage=storage)
+    other = study.user_attrs.get("teacher")
+    # One that says nothing and has nothing was cut off as it was made.
+    if other != teacher and (other is not None or study.get_trials(False)):
+        raise StudyError(
+            f"{url}: its study {name} belongs to another teacher ({other}); this one is {teacher}: "
+            "give the sweep another name or another search.study"
+        )
+    home = study.user_attrs.get("storage", store)
+    if store is not None and home != store:
+        raise StudyError(
+            f"{url}: its study {name} belongs to a sweep in {home}; give this one another name or "
+            "another search.study"
+        )
+    return study
 
 
 def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTrial:
@@ -203,31 +246,68 @@ def _frozen(trial: Trial, objectives: Sequence[Scored]) -> optuna.trial.FrozenTr
     return frozen
 
 
-def _storage(url: str) -> Any:
+def open_storage(url: str) -> Any:
+    """Optuna's storage at a journal's path or a database's URL. StudyError when that is neither."""
     from optuna.storages import JournalStorage, RDBStorage
+    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     if "://" in url:
         try:
-            return RDBStorage(url)
+            # A server that vanished without a word would be waited for as long as TCP does.
+            driver = make_url(url).get_driver_name()
+            waits = POSTGRESQL if driver in ("psycopg", "psycopg2") else {}
+            return RDBStorage(url, engine_kwargs={"connect_args": waits})
         except (ImportError, ArgumentError) as error:
             raise StudyError(
                 f"search.study: {url} cannot be opened ({_first_line(error)}); write "
                 "sqlite:///FILE or postgresql://USER@HOST/NAME, and install the database's driver "
                 "for Python, such as psycopg[binary] for PostgreSQL"
             ) from error
+        except RuntimeError as error:  # tables of another version of Optuna
+            raise StudyError(f"search.study: {url}: {_first_line(error)}") from error
     Path(url).parent.mkdir(parents=True, exist_ok=True)
     _end_with_a_line(Path(url))
-    return JournalStorage(_journal(url))
+    try:
+        return JournalStorage(_journal(url))
+    except ValueError as error:  # a line that is no JSON
+        raise StudyError(
+            f"search.study: {url} is damaged ({_first_line(error)}); move it away, what is scored "
+            "is kept elsewhere"
+        ) from error
 
 
 def _end_with_a_line(journal: Path) -> None:
     """Cuts off half a line, which a writer that was killed has left and to which Optuna would add
-    the next; what stood there is written anew."""
+    the next; what stood there is written anew. StudyError, and nothing cut, when the file is no
+    journal."""
+    from optuna.storages.journal import JournalFileSymlinkLock
+
     with journal.open("ab+") as stream:
         stream.seek(0)
-        content = stream.read()
-        stream.truncate(content.rfind(b"\n") + 1)
+        begins = stream.read(len(_BEGINS))
+        if begins != _BEGINS[: len(begins)]:
+            raise StudyError(
+                f"search.study: {journal} is there and no journal of Optuna's; name another file, "
+                "or write sqlite:///FILE if it is a database"
+            )
+        if not _half_a_line(stream):
+            return
+        # Another sweep may be writing to it at this moment: then it ends with a line by now.
+        lock = JournalFileSymlinkLock(str(journal))
+        lock.acquire()
+        try:
+            half = _half_a_line(stream)
+            stream.truncate(stream.seek(0, os.SEEK_END) - half)
+        finally:
+            lock.release()
+
+
+def _half_a_line(stream: BinaryIO) -> int:
+    """How many bytes follow the last line's end."""
+    stream.seek(0)
+    content = stream.read()
+    return len(content) - (content.rfind(b"\n") + 1)
 
 
 def _journal(path: str) -> Any:
@@ -245,11 +325,6 @@ def _journal(path: str) -> Any:
     return Journal(path)
 
 
-def _storage_error() -> type[Exception]:
-    from optuna.exceptions import StorageInternalError
-
-    return StorageInternalError
-
-
 def _first_line(error: BaseException) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0]
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return lines[0] if lines else type(error.__cause__ or error).__name__

@@ -19,7 +19,7 @@ from search.stages.library import (
 )
 from search.stages.measure import median_ratios, told
 from search.stages.stage import Outcome, Stage
-from search.studies import StudyLog, journal_file
+from search.studies import StudyLog, check_study, journal_file
 from search.sweep import Sweep, SweepError
 from search.trials import (
     SearchConfig,
@@ -59,14 +59,13 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         else Measuring(sweep.table, config.measure, config.data.resolution),
     )
     space, searched, plans = _what_to_search(sweep, Library(sweep.store, prefixes))
-    study = config.search.study or journal_file(sweep.store.url, sweep.name)
-    inside = config.search.study is None and "://" not in sweep.store.url
+    study, home = study_place(sweep)
     log = StudyLog(
         study,
         sweep.name,
         sweep.teacher.digest,
         sweep.search_digest,
-        None if inside else sweep.store.url,
+        home,
         scored(config.search.objectives),
     )
     trials = run_search(
@@ -76,6 +75,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         searched,
         sweep.store,
         layout.search(sweep.name),
+        workers=config.workers,
         # As many processors as it uses: how many actors there are then follows the cluster's room.
         cpus=share.num_cpus if share.num_gpus else float(share.threads),
         gpus=share.num_gpus,
@@ -115,6 +115,20 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             "study": study,
         },
     )
+
+
+def study_place(sweep: Sweep) -> tuple[str, str | None]:
+    """Where the sweep's studies are kept, and the storage that they say they are of; None inside
+    that storage itself."""
+    given = sweep.config.search.study
+    inside = given is None and "://" not in sweep.store.url
+    where = given or journal_file(sweep.store.url, sweep.name)
+    return where, None if inside else sweep.store.url
+
+
+def _check_study(sweep: Sweep) -> None:
+    where, home = study_place(sweep)
+    check_study(where, sweep.name, sweep.teacher.digest, home)
 
 
 def _what_to_search(sweep: Sweep, library: Library) -> tuple[Space, SearchConfig, list[Start]]:
@@ -157,4 +171,5 @@ SEARCH = Stage(
     digest=lambda sweep: sweep.search_digest,
     run=run,
     parts=lambda sweep: [layout.search(sweep.name)],
+    check=_check_study,
 )

@@ -22,7 +22,7 @@ from search.features import plan_features
 from search.samplers import SAMPLERS
 from search.solver import Piece
 from search.space import Space, candidates
-from search.studies import StudyError, StudyLog, journal_file
+from search.studies import StudyError, StudyLog, check_study, journal_file
 from search.trials import SearchConfig, Trial
 from tests.postgres import Postgres
 
@@ -208,6 +208,70 @@ def test_a_journal_whose_writer_was_killed_goes_on(tmp_path: Path, lost: int) ->
     Path(url).write_bytes(whole[:-lost])
     opened(url).add([trial(0), trial(1), trial(2)])
     assert numbers(url) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "content", [b"SQLite format 3\x00 with no line's end", b"notes\nof mine", b'{"a": 1}']
+)
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(
+    tmp_path: Path, content: bytes
+) -> None:
+    file = tmp_path / "study.db"
+    file.write_bytes(content)
+    for refused in (opened, lambda url: check_study(url, "one", "t", "runs")):
+        with pytest.raises(StudyError, match=r"study.db is there and no journal .*sqlite:///FILE"):
+            refused(str(file))
+        assert file.read_bytes() == content
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    url = journal_file(str(tmp_path), "one")
+    opened(url).add([trial(0)])
+    lines = Path(url).read_bytes().splitlines(keepends=True)
+    Path(url).write_bytes(b"".join([*lines[:2], b"nonsense\n", *lines[2:]]))
+    with pytest.raises(StudyError, match=r"one.journal is damaged .*move it away"):
+        opened(url)
+
+
+def test_what_waiting_cannot_help_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search.studies, "sleep", lambda seconds: pytest.fail("it waits"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "one.journal"):
+        with pytest.raises(StudyError, match=r"search.study: .*name a file that can be written"):
+            opened(str(path))
+
+
+def test_a_database_that_is_not_there_is_told_before_minutes_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(search.studies, "sleep", waited.append)
+    with pytest.raises(StudyError, match="does not answer"):
+        check_study(f"sqlite:///{tmp_path}/none/study.db", "one", "t", "runs")
+    assert sum(waited) < 10
+
+
+def test_a_database_of_another_optuna_is_told(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    opened(url)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    database.close()
+    with pytest.raises(StudyError, match=r"search.study: .*optuna"):
+        opened(url)
+
+
+def test_checking_a_study_changes_nothing(url: str) -> None:
+    check_study(url, "one", "t", "runs")
+    opened(url).add([trial(0)])
+    check_study(url, "one", "t", "runs")
+    assert numbers(url) == [0]
+    with pytest.raises(StudyError, match="belongs to another teacher"):
+        check_study(url, "one", "other", "runs")
+    with pytest.raises(StudyError, match="belongs to a sweep in runs"):
+        check_study(url, "one", "t", "elsewhere")
 
 
 def test_sweeps_share_a_storage(url: str) -> None:

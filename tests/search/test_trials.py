@@ -20,7 +20,7 @@ import torch
 from search.budget import Target
 from search.score import Bench, Measuring, Score, Scorer
 from search.space import Space
-from search.studies import StudyLog, _storage
+from search.studies import StudyLog, open_storage
 from search.trials import (
     SearchConfig,
     SearchError,
@@ -394,7 +394,7 @@ def test_a_plan_that_cannot_be_scored_fails_alone_and_says_why(
     journal = str(tmp_path / "raising.journal")
     log = StudyLog(journal, "raising", "t", "s", None)
     found = run_search(space, targets, raising, config, store, "sweeps/raising/search", log=log)
-    shown = optuna.load_study(study_name="raising", storage=_storage(journal)).trials
+    shown = optuna.load_study(study_name="raising", storage=open_storage(journal)).trials
     assert [t.state.name for t in shown] == [
         "FAIL" if trial.failed else "COMPLETE" for trial in found
     ]
