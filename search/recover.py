@@ -227,6 +227,7 @@ class Grounds:
         where = (self.sweep, finalist.budget, self.name(candidate))
         return RecoveryJob(
             teacher=self.teacher.address,
+            teacher_digest=self.teacher.digest,
             store=self.store.url,
             options=self.options,
             encoding=self.encoding,

@@ -1,6 +1,7 @@
 """The commit rule, once: files under a prefix exist when their manifest does, and it comes last.
 
-`publish` writes, `publish_once` what several may write at once; `published` is the one test of
+`publish` writes, `publish_once` what several may write at once, `seal` what others have written;
+`published` is the one test of
 completeness, `fetch` and the readers verify what they read, `verify` everything.
 """
 
@@ -219,6 +220,23 @@ def commit(
     sealed = manifest.model_copy(update={"digest": _digest(manifest)})
     store.write(f"{prefix}/{MANIFEST}", sealed.model_dump_json(indent=1).encode())
     return manifest
+
+
+def seal(store: Store, prefix: str) -> Manifest:
+    """Publish the files that lie under a prefix, whoever wrote them, with the digests that they
+    have now."""
+
+    def read(key: str) -> FileEntry:
+        whole, pieces = hashlib.sha256(), PieceHasher()
+        with store.read(key) as stream:
+            hashed = Hashed(stream, whole, pieces)
+            while hashed.read(PIECE):
+                pass
+        return FileEntry(size=hashed.size, sha256=whole.hexdigest(), xxh3=pieces.pieces())
+
+    keys = list(store.keys(prefix))
+    names = [key[len(prefix) + 1 :] for key in keys]
+    return commit(store, prefix, dict(zip(names, in_parallel(read, keys), strict=True)))
 
 
 def published(store: Store, prefix: str) -> Manifest | None:

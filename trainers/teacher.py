@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import FileIO
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import JsonValue
 
 from storage.digest import digest_json, sha256_file
-from storage.errors import DamagedError, EspalierError
-from storage.manifest import MANIFEST, Manifest, published
+from storage.errors import DamagedError, EspalierError, MissingKey
+from storage.manifest import MANIFEST, Manifest, published, seal
 from storage.pieces import PiecedFile
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import check_safetensors, load_tensors
@@ -42,6 +42,7 @@ _WEIGHTED = ("transformer", "vae", "text_encoder")
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 """Owner and model, and after an @ a branch, tag or commit."""
+_CONFIG = "transformer/config.json"
 _HUB_FILES = ["*.json", "*.txt", "*.jinja", "*/*.safetensors", "README.md"]
 """Weights in folders only: FLUX.1-dev has the same ones again, in one file, beside them. README.md
 is the card, whose licence a student's card repeats."""
@@ -244,6 +245,7 @@ def open_teacher(
             )
     config_file = folder / "transformer" / "config.json"
     config = _json(config_file)
+    family = family_of(config, str(config_file))  # before gigabytes are hashed
     teacher = Teacher(
         name=name,
         found=folder,
@@ -251,13 +253,51 @@ def open_teacher(
         encoder_digest=digest_json(
             _digests(folder, *(p for p in parts if p.startswith(_ENCODERS)))
         ),
-        family=family_of(config, str(config_file)),
+        family=family,
         config=config,
         url=url,
         options=options,
         hub=hub,
     )
     _whole_here[teacher.address, teacher.digest] = folder
+    return teacher
+
+
+def seal_pipeline(url: str, options: StoreOptions | None = None) -> Manifest:
+    """Publishes a pipeline that some other tool copied to `s3://bucket/path` or a folder, as it
+    lies: its manifest is all that it lacks to be opened by that URL. Every file is read once.
+
+    Raises TeacherError for what is no pipeline, or published already, and FamilyError for one whose
+    transformer cannot be taken apart.
+    """
+    root, _, prefix = url.rstrip("/").rpartition("/")
+    store = open_store(root, options)
+    if published(store, prefix) is not None:
+        raise TeacherError(f"{url}: published already; `espalier best verify {url}` reads it all")
+    for file in ("model_index.json", _CONFIG):
+        try:
+            with store.read(f"{prefix}/{file}") as stream:
+                read = json.loads(stream.read())
+        except MissingKey as error:
+            raise TeacherError(
+                f"{url}/{file}: missing; copy a whole diffusers pipeline there first"
+            ) from error
+        except ValueError as error:
+            raise TeacherError(f"{url}/{file}: not readable as JSON: {error}") from error
+    family_of(read, f"{url}/{_CONFIG}")
+    return seal(store, prefix)
+
+
+def open_very_teacher(address: str, digest: str, options: StoreOptions | None) -> Teacher:
+    """What a worker trains against: the teacher at an address, patiently; TeacherError when another
+    has taken its place since the sweep began, as one at best/BUDGET may."""
+    teacher = open_teacher(address, options, patient=True)
+    if teacher.digest != digest:
+        raise TeacherError(
+            f"teacher {address}: replaced since this sweep began (it was {digest}, now it is "
+            f"{teacher.digest}); put it back, or give the sweep the address of one that stays, "
+            "such as a model's own below models/"
+        )
     return teacher
 
 
@@ -331,17 +371,21 @@ def _folder(name: str) -> tuple[Path, HubModel | None]:
             f"teacher {name}: no such folder; give a diffusers pipeline folder or a name on the "
             "Hugging Face hub such as Qwen/Qwen-Image"
         )
+    # Some kilobytes tell whether tens of gigabytes would be of use.
+    config = _fetched(*known.groups(), files=[_CONFIG]) / _CONFIG
+    if config.is_file():
+        family_of(_json(config), f"teacher {name}: {_CONFIG}")
     folder = _fetched(*known.groups())
     # The hub's cache keeps every commit in a folder of its name.
     return folder, HubModel(known.group(1), folder.name)
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetched(name: str, revision: str | None, files: Sequence[str] = _HUB_FILES) -> Path:
     """The folder of a model of the hub in this machine's cache; what is there is not fetched."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files]))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         asked = f"{name}@{revision}" if revision else name
@@ -361,7 +405,8 @@ def _published(
     if manifest is None:
         raise TeacherError(
             f"teacher {url}: no model is published there (it has no {MANIFEST}); give one that "
-            "`espalier` has published, a folder, or a name on the Hugging Face hub"
+            "`espalier` has published, a folder, or a name on the Hugging Face hub; `espalier seal "
+            f"{url}` makes a teacher of a pipeline that was copied there"
         )
     return store, prefix, manifest
 

@@ -54,6 +54,8 @@ class RecoveryJob(Section):
 
     teacher: str
     """What the teacher is opened by: folder, URL, or model and commit of the hub."""
+    teacher_digest: str
+    """Which it must be."""
     store: str
     """URL of the store."""
     options: StoreOptions
@@ -167,7 +169,7 @@ def run_job(
         student_weights,
     )
     from trainers.sharded import load_distilled, load_observed
-    from trainers.teacher import open_teacher
+    from trainers.teacher import open_very_teacher
     from trainers.weights import StreamedBlocks, fill_student
 
     first, total = rank == 0, job.schedule.steps
@@ -192,7 +194,7 @@ def run_job(
     Share(job.num_cpus, job.num_gpus, job.threads, cast("Any", job.device)).prepare()
     device = torch.device(job.device)  # the process's own GPU is already the current one
 
-    teacher = open_teacher(job.teacher, job.options, patient=True)
+    teacher = open_very_teacher(job.teacher, job.teacher_digest, job.options)
     latents = open_latents(store, job.encoding, alive=alive)
     dtype = teacher.weights().dtype
     library = Library(store, dict(job.replacements))

@@ -1,4 +1,5 @@
-"""`espalier generate`, `judge` and `plug`: a teacher or student at work, or made larger again."""
+"""`espalier generate`, `judge`, `plug` and `seal`: a teacher or student at work, made larger again,
+or made one that sweeps open in a bucket."""
 
 from __future__ import annotations
 
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
     app.command("generate", rich_help_panel=PANEL)(generate)
     app.command("judge", rich_help_panel=PANEL)(judge)
     app.command("plug", rich_help_panel=PANEL)(plug)
+    app.command("seal", rich_help_panel=PANEL)(seal)
 
 
 def generate(
@@ -226,3 +228,25 @@ def said_of(folder: Path) -> dict[str, Any]:
     if not isinstance(said, dict):
         raise ModelError(f"{file}: does not say a resolution")
     return said
+
+
+def seal(
+    url: Annotated[str, typer.Argument(help="Where the pipeline was copied to.", metavar="URL")],
+) -> None:
+    """Make a pipeline that was copied into a bucket a teacher, which workers then read from there.
+
+    After `aws s3 cp --recursive Qwen-Image s3://bucket/Qwen-Image`, say. Reads every file once and
+    writes manifest.json, with their sizes and digests, beside them.
+
+    Example: espalier seal s3://bucket/Qwen-Image
+    """
+    with endings():
+        if "://" not in url:
+            raise ModelError(f"{url}: give a URL; a folder here is a teacher as it is")
+        from trainers.teacher import seal_pipeline
+
+        manifest = seal_pipeline(url)
+        size = sum(entry.size for entry in manifest.files.values())
+        print(
+            f"{url}  {len(manifest.files)} files, {size:,} bytes; a teacher by this URL from now on"
+        )

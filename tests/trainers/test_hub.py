@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.hub import COMMIT
+from trainers.students.families.base import FamilyError
 from trainers.teacher import HubModel, TeacherError, open_teacher
 
 
@@ -47,6 +49,14 @@ def test_a_folder_that_a_neighbour_is_still_filling_is_not_taken_for_whole(hub, 
     monkeypatch.setattr("trainers.teacher._whole_here", {})  # as in a process that did not open it
     assert list(opened.weights().names) == list(open_teacher("owner/tiny").weights().names)
     assert opened.vae() is not None
+
+
+def test_a_family_that_is_not_known_is_told_before_weights_are_fetched(hub, tmp_path):
+    config = tmp_path / "uploaded" / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "Another"}))
+    with pytest.raises(FamilyError, match=r"owner/tiny: transformer/config.json.*Another"):
+        open_teacher("owner/tiny")
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
 
 
 def test_a_revision_that_is_not_there_is_one_sentence(hub):

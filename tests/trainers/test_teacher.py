@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from storage.store import open_store
 from trainers.students.families.base import FamilyError
-from trainers.teacher import TeacherError, open_teacher
+from trainers.teacher import TeacherError, open_teacher, open_very_teacher, seal_pipeline
 
 
 @pytest.fixture
@@ -163,3 +165,46 @@ def test_text_encodes_captions_as_the_pipeline_does(tiny_pipeline):
     assert torch.equal(embeds, wanted)
     assert embeds.shape[:2] == mask.shape
     assert mask[0].sum() < mask[1].sum()
+
+
+@pytest.mark.parametrize("root", ["s3_url", "tmp_path"])
+def test_a_pipeline_that_others_copied_to_a_store_becomes_a_teacher(
+    tiny_pipeline, request, tmp_path, monkeypatch, root
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    where = request.getfixturevalue(root)
+    url = f"{where if root == 's3_url' else where.as_uri()}/models/mine"
+    store = open_store(url.rpartition("/")[0])
+    for file in tiny_pipeline.rglob("*"):
+        if file.is_file():
+            store.write(f"mine/{file.relative_to(tiny_pipeline).as_posix()}", file.read_bytes())
+    with pytest.raises(TeacherError, match=f"no manifest.json.*espalier seal {url}"):
+        open_teacher(url)
+    seal_pipeline(url)
+    sealed, here = open_teacher(url), open_teacher(tiny_pipeline)
+    assert (sealed.digest, sealed.encoder_digest) == (here.digest, here.encoder_digest)
+    with pytest.raises(TeacherError, match="published already"):
+        seal_pipeline(url)
+
+
+def test_what_is_no_pipeline_is_not_sealed(tmp_path):
+    store = open_store(str(tmp_path))
+    url = f"{tmp_path.as_uri()}/mine"
+    with pytest.raises(TeacherError, match=r"model_index\.json: missing"):
+        seal_pipeline(url)
+    store.write("mine/model_index.json", b"{}")
+    store.write("mine/transformer/config.json", b'{"_class_name": "SD3Transformer2DModel"}')
+    with pytest.raises(FamilyError, match="SD3Transformer2DModel"):
+        seal_pipeline(url)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_workers_refuse_a_teacher_that_took_anothers_place(tiny_pipeline, tmp_path):
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "teacher")
+    digest = open_teacher(folder).digest
+    assert open_very_teacher(str(folder), digest, None).digest == digest
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(TeacherError, match=f"replaced since this sweep began .it was {digest}"):
+        open_very_teacher(str(folder), digest, None)

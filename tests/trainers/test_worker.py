@@ -27,6 +27,7 @@ from trainers.distilled import Distilled, local
 from trainers.probe import ProbeConfig
 from trainers.schedule import Phase, Schedule, StepConfig
 from trainers.students.plan import BlockPlan
+from trainers.teacher import open_teacher
 
 
 class Model:
@@ -159,9 +160,10 @@ def test_from_a_checkpoint_that_is_spoiled_itself_training_goes_back_to_the_one_
     where = ("tiny", "half", "0-0")
     phase = Phase(loss="diffusion", train="all", steps=steps, lr=1e-3, batch_size=4, warmup=0)
     job = worker.RecoveryJob(
-        teacher=str(tiny_pipeline), store=store.url, options=StoreOptions(),
-        encoding="encoded/tiny", replacements=(), plan=plan_with(BlockPlan(span=(1, 2))),
-        schedule=Schedule(phases=(phase,)), step=StepConfig(rollbacks=2), until=steps,
+        teacher=str(tiny_pipeline), teacher_digest=open_teacher(tiny_pipeline).digest,
+        store=store.url, options=StoreOptions(), encoding="encoded/tiny", replacements=(),
+        plan=plan_with(BlockPlan(span=(1, 2))), schedule=Schedule(phases=(phase,)),
+        step=StepConfig(rollbacks=2), until=steps,
         probe=ProbeConfig(pictures=2, timesteps=2), seed=5, probe_seed=5,
         prefix=layout.measured(*where, steps), checkpoints=layout.checkpoint(*where),
         student=layout.finalist(*where), checkpoint_every=2, keep_checkpoints=kept, timeout=600,

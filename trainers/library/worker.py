@@ -16,7 +16,7 @@ from trainers.library.library import LOSSES, TENSORS, ReplacementMeta
 from trainers.placement import Share
 from trainers.probe import FidelityProbe, ProbeConfig, shared_probe
 from trainers.students.plan import BlockPlan
-from trainers.teacher import Teacher
+from trainers.teacher import Teacher, open_very_teacher
 
 if TYPE_CHECKING:
     from trainers.data.latents import Latents
@@ -43,6 +43,8 @@ class LibraryWorker:
         from trainers.data.latents import open_latents
 
         share.prepare()
+        # Not `teacher` as it was sent: another may lie at its address by now.
+        teacher = open_very_teacher(teacher.address, teacher.digest, teacher.options)
         self._store = open_store(url, options, patient=True)
         self._config, self._seed, self._sweep = config, seed, sweep
         self._family = teacher.family
