@@ -63,11 +63,13 @@ class RaceSearcher(StatelessSearcher):
         book: Book,
         config: Callable[[Run], dict[str, Any]],
         progress: Progress,
+        show: Callable[[Sequence[Race]], None] = lambda races: None,
     ):
-        """`config` says what `RecoveryTrial` is given for a run."""
+        """`config` says what `RecoveryTrial` is given for a run; `show` hears of every run that
+        begins or ends."""
         super().__init__()
         self._races, self._book, self._config = list(races), book, config
-        self._progress = progress
+        self._progress, self._show = progress, show
         self._running: dict[str, Run] = {}
         self._parts: dict[str, int] = {}
 
@@ -82,6 +84,7 @@ class RaceSearcher(StatelessSearcher):
         race, run = min(free, key=lambda pair: len(pair[0].ended))
         race.take(run)
         self._running[trial_id] = run
+        self._show(self._races)
         return self._config(run)
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -102,6 +105,7 @@ class RaceSearcher(StatelessSearcher):
         else:
             self._book.ended(run)
         self._tell()
+        self._show(self._races)
 
     def _tell(self, **facts: float | str) -> None:
         ended = sum(len(race.ended) for race in self._races)
@@ -265,8 +269,9 @@ def run_races(
     grounds: Grounds,
     workers: tuple[int, int],
     progress: Progress,
+    show: Callable[[Sequence[Race]], None],
 ) -> None:
-    """Run what is left of all races, noting outcomes in the book."""
+    """Run what is left of all races, noting outcomes in the book; `show` hears of each."""
     with tempfile.TemporaryDirectory(prefix="espalier-recover-") as folder, quiet_tune():
         fleet = Fleet(folder, *workers, grounds.config.retries, grounds.share)
 
@@ -276,7 +281,7 @@ def run_races(
         tune.Tuner(
             tune.with_resources(tune.with_parameters(RecoveryTrial, fleet=fleet), _DRIVER),
             tune_config=tune.TuneConfig(
-                search_alg=RaceSearcher(races, book, config, progress),
+                search_alg=RaceSearcher(races, book, config, progress, show),
                 num_samples=-1,  # until the searcher says that it has finished
                 max_concurrent_trials=grounds.config.concurrent,
                 reuse_actors=True,

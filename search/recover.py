@@ -7,7 +7,7 @@ search/racing.py. Here it is said what a run is made from, and what has come of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
 
@@ -60,7 +60,7 @@ class RecoverConfig(Section):
     """Parts of a schedule, ascending, after which fidelity is measured and the better ones go on
     from there. The last is 1."""
 
-    keep: Part = 0.34
+    keep: Part = 0.5
     """Part of the candidates (finalists with a schedule each) that goes on from a tier to the next;
     always at least one."""
 
@@ -310,6 +310,7 @@ def recover_finalists(
     probe: ProbeConfig,
     seed: int,
     progress: Progress | None = None,
+    show: Callable[[Sequence[Race]], None] = lambda races: None,
 ) -> list[Recovery]:
     """Recover finalists, each by `config.schedules` schedules at most, as Ray Train jobs of Tune.
 
@@ -317,6 +318,7 @@ def recover_finalists(
     finished is found in the store and not repeated, what is unfinished goes on from its latest
     checkpoint. Ray must be up. A recovery that fails leaves the others alone, and so does a budget
     of which none came through, see `lost_budgets`; RecoverError when that is so of every budget.
+    `show` is given the races whenever there is something new about them.
     """
     progress = progress or silent()
     workers, share = placed(config, accelerator)
@@ -339,7 +341,8 @@ def recover_finalists(
     if not all(race.done for race in races):
         from search.racing import run_races
 
-        run_races(races, book, grounds, workers, progress)
+        run_races(races, book, grounds, workers, progress, show)
+    show(races)
     recoveries = [
         _recovery(grounds, race, candidate, candidate in book.broken)
         for race in races

@@ -27,6 +27,7 @@ from trainers.worker import RecoveryOutcome
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.distributions import BaseDistribution
 
 Item = TypeVar("Item")
 
@@ -52,6 +53,8 @@ class Candidate:
     number: int
     """Of the schedule, among the finalist's."""
     schedule: Schedule
+    choice: tuple[tuple[str, float], ...] = ()
+    """What was chosen of its space, by name."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,18 @@ def climbers(
     return [item for item, _ in ranked[:going]]
 
 
+def distributions(space: ScheduleSpace) -> dict[str, BaseDistribution]:
+    """What there is to choose, as Optuna has it."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    return {
+        name: IntDistribution(low, high, log=True)
+        if isinstance(low, int) and isinstance(high, int)
+        else FloatDistribution(low, high, log=True)
+        for name, (low, high) in space.ranges().items()
+    }
+
+
 class Lane:
     """The schedules of one finalist, each proposed by Optuna from how those before it did in the
     first tier."""
@@ -152,15 +167,10 @@ class Lane:
         number = len(self.candidates)
         mixed = digest_json([self._seed, self.finalist.budget, self.finalist.rank, number])
         self._study.sampler = make_sampler(self._sampler, seed=int(mixed[:8], 16), startup=3)
-        self._asked = self._study.ask()
-        choice: dict[str, float] = {}
-        for name, (low, high) in self._space.ranges().items():
-            if isinstance(low, int) and isinstance(high, int):
-                choice[name] = self._asked.suggest_int(name, low, high, log=True)
-            else:
-                choice[name] = self._asked.suggest_float(name, low, high, log=True)
-        schedule = self._space.schedule(choice)
-        self.candidates.append(Candidate(self.finalist, number, schedule))
+        self._asked = self._study.ask(distributions(self._space))
+        choice = self._asked.params
+        schedule, chosen = self._space.schedule(choice), tuple(choice.items())
+        self.candidates.append(Candidate(self.finalist, number, schedule, chosen))
 
     def _tell(self, outcome: RecoveryOutcome) -> None:
         from optuna.trial import TrialState
@@ -169,8 +179,9 @@ class Lane:
         if outcome.fidelity_loss is None:
             self._study.tell(self._asked, state=TrialState.FAIL)
         else:
-            # All schedules are held against each other where all were measured, after the first
-            # tier; of trials that are told as pruned most samplers learn nothing.
+            # What the sampler is to lower is the loss after the first tier, where all are measured;
+            # who is stopped there is not known before all are, and of trials that are told as
+            # pruned most samplers learn nothing. People are shown them as pruned, see racelog.py.
             self._study.tell(self._asked, outcome.fidelity_loss)
         self._asked = None
 
@@ -275,8 +286,11 @@ class Race:
 
     def _came(self, lane: Lane) -> tuple[bool, float | None]:
         """Whether a lane has ended its first tier, and its lowest loss there."""
+        ended = lane.ended(
+            self._first
+        )  # first, since it is what fills a lane that is taken up again
         losses = [loss for _, loss in self._ranked(lane.candidates, self.tiers[0])]
-        return lane.ended(self._first), min(losses, default=None)
+        return ended, min(losses, default=None)
 
     def _known(self, candidate: Candidate, tier: int) -> tuple[bool, float | None]:
         outcome = self._outcome(candidate, tier)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from search.racelog import RaceLog
 from search.recover import Agreement, Recovery, agreements, lost_budgets, recover_finalists
 from search.stages.library import library_prefixes
 from search.stages.measure import meeting, ratios, told
-from search.stages.search import trials_of
+from search.stages.search import study_place, trials_of
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
 from search.tiers import Finalist
@@ -18,6 +19,7 @@ from trainers.progress import Progress
 def run(sweep: Sweep, progress: Progress) -> Outcome:
     config = sweep.config
     chosen = finalists(sweep, progress)
+    study, home = study_place(sweep)
     recoveries = recover_finalists(
         chosen,
         sweep=sweep.name,
@@ -31,6 +33,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         probe=config.search.probe,
         seed=config.seed,
         progress=progress,
+        show=RaceLog(study, sweep.name, sweep.teacher.digest, home, config.recover.space).show,
     )
     said = f"{len(recoveries)} recoveries"
     for state in ("stopped", "failed"):
