@@ -24,6 +24,13 @@ _ASK_SECONDS = 1.0
 _told = threading.Event()
 
 
+def going_machines() -> set[str]:
+    """Ids of the cluster's machines that will be taken away, as Ray Train asks for them."""
+    import ray._private.state
+
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 class Notice:
     """Whether this attempt should save and leave; all ranks ask after every step and agree."""
 

@@ -30,8 +30,11 @@ class _AdamW(torch.optim.AdamW):
         return cast("bool", is_complex)
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """AdamW over many tensors at once; a tensor without a gradient is left as it is."""
+def adamw(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], lr: float
+) -> torch.optim.AdamW:
+    """AdamW over many tensors at once, or groups of them with rates of their own; a tensor without
+    a gradient is left as it is."""
     return _AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 

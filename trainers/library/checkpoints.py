@@ -7,6 +7,7 @@ weights, the optimizer's moments and the step are all that an exact continuation
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Mapping
@@ -38,11 +39,15 @@ class History:
     """What a replacement's training has come to."""
 
     losses: list[float]
-    """One a step: as many as steps were taken."""
+    """One a step, NaN of one that was not taken: as many as there were steps."""
     seconds: float = 0.0
     """Its share of the training time so far."""
     continued: tuple[int, ...] = ()
     """Steps from which it went on after it was cut off."""
+
+
+class LeavingError(Exception):
+    """A worker was told that its machine goes; its replacements are saved as they were."""
 
 
 class Checkpoints:
@@ -50,11 +55,18 @@ class Checkpoints:
     background, and finds what an earlier worker has saved."""
 
     def __init__(
-        self, store: Store, prefixes: Mapping[BlockPlan, str], sweep: str, every: int
+        self,
+        store: Store,
+        prefixes: Mapping[BlockPlan, str],
+        sweep: str,
+        every: int,
+        going: threading.Event | None = None,
     ) -> None:
         """`prefixes`: where each replacement will be stored. `sweep`: the name of the one that they
-        are trained for. `every`: steps between checkpoints."""
+        are trained for. `every`: steps between checkpoints. `going` is set when the machine will be
+        taken away."""
         self._store, self._every = store, every
+        self._going = going or threading.Event()
         self._prefixes = {b: layout.library_checkpoints(p, sweep) for b, p in prefixes.items()}
         self._savers: dict[BlockPlan, Saver] = {}
         self._turn = threading.Lock()
@@ -72,7 +84,7 @@ class Checkpoints:
         Returns when training may go on. Raises what the save before of the same replacement ended
         with."""
         done = len(history.losses)
-        if done % self._every or done == steps:
+        if done == steps or (done % self._every and not self._going.is_set()):
             return
         tensors: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
@@ -80,11 +92,20 @@ class Checkpoints:
             for kind, value in moments(optimizer, parameter).items():
                 tensors[f"{_OPTIMIZER}{kind}/{name}"] = value
         state: dict[str, Any] = {
-            "losses": history.losses,
+            # JSON has no NaN.
+            "losses": [loss if math.isfinite(loss) else None for loss in history.losses],
             "seconds": history.seconds,
             "continued": history.continued,
         }
         self._saver(block).save(done, tensors, cast("JsonValue", state))
+
+    def leave(self, done: int, steps: int) -> None:
+        """Called when all that trains has been saved after `done` of `steps`. Raises LeavingError
+        when the machine goes, as soon as the saves are through."""
+        if self._going.is_set() and done < steps:
+            for saver in self._savers.values():
+                saver.finish()
+            raise LeavingError
 
     def restore(
         self, block: BlockPlan, module: nn.Module, optimizer: torch.optim.Optimizer
@@ -122,7 +143,8 @@ class Checkpoints:
         self._saver(block)  # which clears away what the save that was cut off has left
         state = cast("dict[str, Any]", checkpoint.state)
         continued = (*state["continued"], checkpoint.step)
-        return History(state["losses"], state["seconds"], continued)
+        losses = [math.nan if loss is None else loss for loss in state["losses"]]
+        return History(losses, state["seconds"], continued)
 
     def _saver(self, block: BlockPlan) -> Saver:
         if block not in self._savers:

@@ -4,7 +4,8 @@ A worker is lost when its process or machine ends, when it takes no step for `ti
 when it falls behind: nothing waits, another worker is free, and what this one still needs, or the
 time for which it has stood still, is more than twice what the free one would take for the whole
 group. Then its process is ended and its unfinished replacements wait again; whoever is free first
-goes on from their checkpoints. Another process is started only where more waits than workers do.
+goes on from their checkpoints. A worker whose machine will be taken away saves its replacements
+first and is given nothing more. Another process is started only where more waits than workers do.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from storage.store import Store
 from trainers.library.config import LibraryConfig
 from trainers.library.groups import grouped, steps_of, work
 from trainers.library.library import LibraryError
+from trainers.notice import going_machines
 from trainers.students.plan import BlockPlan
 
 POLL_SECONDS = 0.5
+
+LOOK_SECONDS = 1.0
+"""Between two looks for machines that will be taken away; some clouds say so 30 s before."""
 
 PATIENCE_SECONDS = 30.0
 """Nobody has fallen behind by less."""
@@ -73,6 +78,10 @@ class _Worker:
     """Steps of the group, when it last answered."""
     moved: float = 0.0
     """When it was last seen to have taken a step."""
+    machine: str | None = None
+    """Where it is, when it is up."""
+    told: bool = False
+    """Whether it was told that its machine goes."""
     pace: float | None = None
     """Seconds that it took for a unit of work of its last group, see groups.work."""
 
@@ -108,6 +117,8 @@ class Crew:
         self._saved: dict[BlockPlan, int] = {}
         self._losses: dict[BlockPlan, int] = {}
         self._lost_at_start = 0
+        self._looked = 0.0
+        """When the cluster was last asked for machines that go."""
 
     def run(
         self,
@@ -128,6 +139,7 @@ class Crew:
                 self._staff()
                 self._assign()
                 self._listen()
+                self._give_notice()
                 self._end_the_slow()
                 report(sum(self._steps.values()), len(self._stored), len(self.interruptions))
         finally:
@@ -139,7 +151,7 @@ class Crew:
         able = sum(not worker.group for worker in self._workers)
         for _ in range(min(len(self._waiting) - able, self._size - len(self._workers))):
             actor = self._start()
-            self._workers.append(_Worker(actor, starting=actor.steps.remote()))
+            self._workers.append(_Worker(actor, starting=actor.machine.remote()))
 
     def _assign(self) -> None:
         """Give waiting groups to free workers, the quickest first."""
@@ -190,7 +202,11 @@ class Crew:
         answers = {reference: ray.get(reference) for reference in ready}
         now = time.monotonic()
         if worker.starting in answers:
+            worker.machine = answers[worker.starting]
             worker.starting, self._lost_at_start = None, 0
+        if worker.call in answers and not answers[worker.call]:
+            self._lose(worker, "left because its machine goes")
+            return
         if worker.call in answers:
             if work(worker.group):
                 steps = max(1, self._config.steps - worker.first)
@@ -207,6 +223,18 @@ class Crew:
             self._steps |= dict.fromkeys(worker.group, done)
         if worker.asked in answers:
             worker.asked = None
+
+    def _give_notice(self) -> None:
+        """Let workers save whose machine will be taken away, and give them nothing more."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked, going = time.monotonic(), going_machines()
+        for worker in [w for w in self._workers if w.machine in going]:
+            if worker.free:
+                self._lose(worker, "")
+            elif not worker.told:
+                worker.told = True
+                worker.actor.leave.remote()
 
     def _end_the_slow(self) -> None:
         now = time.monotonic()

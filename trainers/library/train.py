@@ -23,12 +23,15 @@ from trainers.data.latents import Latents, shares, training_inputs
 from trainers.library.checkpoints import Checkpoints, History
 from trainers.library.config import TrainingConfig
 from trainers.losses import span_loss, together, totals
-from trainers.optimizer import adamw, rate_at
+from trainers.optimizer import adamw, rate_at, squared_norm
 from trainers.progress import Progress, silent
 from trainers.students.families.base import Context, Family, Inputs, MapPair, State
 from trainers.students.fits import Maps, fit_maps, map_tokens
 from trainers.students.plan import BlockPlan
 from trainers.students.surgery import make_block, source_block
+
+SETBACKS = 3
+"""Steps of a replacement that may come to nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Trained:
     module: nn.Module
     """In the teacher's dtype; meaningless after a failure."""
     losses: tuple[float, ...]
-    """One a step."""
+    """One a step; NaN of one that was not taken."""
     failed: str | None = None
     """Why it was dropped, in one sentence."""
     ridged: tuple[str, ...] = ()
@@ -67,11 +70,12 @@ def train_replacements(
     maps (projected text, linear FFNs) start from their closed-form fits, and are also held to what
     the teacher does there by their own squared error (PPCL, width distillation). Weights and
     moments are float32; under a teacher of lower precision the passes run in its dtype. A
-    replacement whose loss is not finite is dropped at that step and says so in its `failed`; the
-    others go on.
+    replacement whose loss or gradient is not finite stays as it was before that step and goes on at
+    half its rate, `SETBACKS` times at most; then it is dropped and says so in its `failed`. The
+    others do not notice.
 
     With `checkpoints` each replacement goes on from its own newest one, exactly; those that have
-    come farther join the others at their step.
+    come farther join the others at their step. They raise LeavingError when the machine goes.
     """
     progress, started_at = progress or silent(), time.monotonic()
     example = next(teacher.parameters())
@@ -85,7 +89,10 @@ def train_replacements(
             family, teacher_config, teacher_blocks, started[block], fits=fitted.fits
         )
         modules[block] = module.float().requires_grad_(True).train()
-    optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr)
+    optimizer = adamw(
+        [{"params": [*module.parameters()]} for module in modules.values()], config.lr
+    )
+    groups = dict(zip(modules, optimizer.param_groups, strict=True))
     edges = {edge for block in blocks for edge in (block.span[0], block.span[1] + 1)}
     mapped = {block: source_block(started[block]) for block in blocks if family.maps(block)}
     histories = {block: History([]) for block in blocks}
@@ -110,8 +117,9 @@ def train_replacements(
         passes = [
             teacher_states(teacher, family, part, edges, set(mapped.values())) for part in parts
         ]
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * rate_at(step, config.steps, config.warmup)
+        for block in active:
+            rate = config.lr * rate_at(step, config.steps, config.warmup)
+            groups[block]["lr"] = rate * 0.5 ** _setbacks(histories[block])
         measured = [
             _backward(
                 family,
@@ -124,20 +132,29 @@ def train_replacements(
             )
             for block in active
         ]
+        norms = [squared_norm(_gradients(modules[block])) for block in active]
         # Read once a step: every read makes an accelerator wait.
-        for block, value in zip(active, torch.stack(measured).tolist(), strict=True):
-            histories[block].losses.append(value)
-            if not math.isfinite(value):
-                failed[block] = f"its loss was not finite at step {step}"
+        found = torch.stack([*measured, *norms]).tolist()
+        for i, block in enumerate(active):
+            finite = math.isfinite(found[i]) and math.isfinite(found[len(active) + i])
+            histories[block].losses.append(found[i] if finite else math.nan)
+            if not finite:
                 modules[block].zero_grad(set_to_none=True)
+                if (times := _setbacks(histories[block])) > SETBACKS:
+                    failed[block] = (
+                        f"its loss or gradient was not finite at {times} steps, the last {step}; "
+                        "lower library.lr"
+                    )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        whole = [histories[block] for block in active if block not in failed]
+        whole = [histories[b] for b in active if math.isfinite(histories[b].losses[-1])]
         share = (time.monotonic() - started_at) / len(blocks)
         for block in active:
             histories[block].seconds = earlier[block] + share
             if checkpoints is not None and block not in failed:
                 checkpoints.save(block, modules[block], optimizer, histories[block], config.steps)
+        if checkpoints is not None:
+            checkpoints.leave(step + 1, config.steps)
         if whole:
             mean = sum(history.losses[-1] for history in whole) / len(whole)
             progress.update(step + 1, config.steps, loss=mean)
@@ -178,6 +195,15 @@ class TeacherPass(NamedTuple):
     states: dict[int, State]
     context: Context
     pairs: dict[int, dict[str, MapPair]]
+
+
+def _setbacks(history: History) -> int:
+    """Steps so far that were not taken."""
+    return sum(not math.isfinite(loss) for loss in history.losses)
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
 
 
 def _parts(inputs: Inputs, micro_batch: int | None) -> list[Inputs]:

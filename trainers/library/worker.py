@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,17 @@ class LibraryWorker:
             self._store, teacher, self._teacher, self._latents, encoding, probe, seed
         )
         self._steps: list[int] = []
+        self._going = threading.Event()
+
+    def machine(self) -> str:
+        """Ray's id of the machine that it is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def leave(self) -> None:
+        """The machine will be taken away: save what is in training after this step, and end it."""
+        self._going.set()
 
     def steps(self) -> tuple[int, int] | None:
         """From which step the group that is under way went on, and how many are done now; None
@@ -64,15 +76,19 @@ class LibraryWorker:
         """The worker is its own training's progress."""
         self._steps = [*self._steps[:1], done]
 
-    def train(self, group: Sequence[tuple[BlockPlan, str]]) -> None:
+    def train(self, group: Sequence[tuple[BlockPlan, str]]) -> bool:
         """Make a group of replacements, measure each in the teacher, and store it under its own
-        prefix."""
+        prefix. False when the machine goes, and they are left in checkpoints."""
         from trainers.evaluate import replacement_damages
+        from trainers.library.checkpoints import LeavingError
         from trainers.library.train import cut_replacements
 
         made = cut_replacements(self._teacher, self._family, [b for b, _ in group if b.untrained])
         if to_train := {block: prefix for block, prefix in group if not block.untrained}:
-            made |= self._trained(to_train)
+            try:
+                made |= self._trained(to_train)
+            except LeavingError:
+                return False
         whole = {block: m.module for block, m in made.items() if m.failed is None}
         damages = replacement_damages(self._teacher, self._family, whole, self._probe)
         for block, prefix in group:
@@ -80,13 +96,14 @@ class LibraryWorker:
             withdraw(self._store, layout.library_checkpoints(prefix, self._sweep))
         # Not when the next group begins: whoever asks before that would take these for its steps.
         self._steps = []
+        return True
 
     def _trained(self, prefixes: Mapping[BlockPlan, str]) -> dict[BlockPlan, Trained]:
         from trainers.library.checkpoints import Checkpoints
         from trainers.library.train import train_replacements
 
         every = self._config.checkpoint_every
-        checkpoints = Checkpoints(self._store, prefixes, self._sweep, every)
+        checkpoints = Checkpoints(self._store, prefixes, self._sweep, every, self._going)
         try:
             return train_replacements(
                 self._teacher,
@@ -105,7 +122,8 @@ class LibraryWorker:
 
     def _publish(self, prefix: str, made: Trained, damage: float | None) -> None:
         block, failed = made.block, made.failed
-        tail = made.losses[-max(1, len(made.losses) // 10) :]
+        last = made.losses[-max(1, len(made.losses) // 10) :]
+        tail = [loss for loss in last if math.isfinite(loss)]
         if damage is not None and not math.isfinite(damage):
             damage, failed = None, "its damage was not finite"
         meta = ReplacementMeta(

@@ -19,13 +19,17 @@ class Light:
     def __init__(self, url: str, does: Does) -> None:
         self.store, self.does = open_store(url), does
 
+    def machine(self) -> str:
+        return "here"
+
     def steps(self) -> tuple[int, int]:
         return 0, 1
 
-    def train(self, group: Sequence[tuple[BlockPlan, str]]) -> None:
+    def train(self, group: Sequence[tuple[BlockPlan, str]]) -> bool:
         self.does([block for block, _ in group])
         for _, prefix in group:
             publish(self.store, prefix, {})
+        return True
 
 
 class Stillborn(Light):

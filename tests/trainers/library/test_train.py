@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -141,11 +142,52 @@ def test_one_nan_replacement_does_not_stop_the_others(
 
     monkeypatch.setattr(training, "make_block", poisoned)
     trained = train(teacher, BLOCKS[:3])
-    assert trained[BLOCKS[1]].failed == "its loss was not finite at step 0"
-    assert len(trained[BLOCKS[1]].losses) == 1
+    assert trained[BLOCKS[1]].failed == (
+        "its loss or gradient was not finite at 4 steps, the last 3; lower library.lr"
+    )
     for block in (BLOCKS[0], BLOCKS[2]):
         assert trained[block].failed is None
         assert equal(trained[block], whole[block])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken_and_the_rate_halves(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    whole = train(teacher, BLOCKS[:2])
+    backward, seen = training._backward, []
+
+    def poisoned(family, module, block, *arguments, **named):
+        loss = backward(family, module, block, *arguments, **named)
+        if block == BLOCKS[1]:
+            weights = [p.detach().clone() for p in module.parameters()]
+            seen.append(weights)
+            if len(seen) == 2:
+                if what == "loss":
+                    return loss * torch.nan
+                next(module.parameters()).grad.view(-1)[0] = torch.inf
+        return loss
+
+    rates = []
+    adamw = training.adamw
+
+    def watched(groups, lr):
+        made = adamw(groups, lr)
+        made.register_step_pre_hook(
+            lambda optimizer, *_: rates.append([g["lr"] for g in optimizer.param_groups])
+        )
+        return made
+
+    monkeypatch.setattr(training, "_backward", poisoned)
+    monkeypatch.setattr(training, "adamw", watched)
+    trained = train(teacher, BLOCKS[:2])
+    made = trained[BLOCKS[1]]
+    assert made.failed is None
+    assert [math.isnan(loss) for loss in made.losses] == [False, True, False, False]
+    assert not all(map(torch.equal, seen[0], seen[1]))
+    assert all(map(torch.equal, seen[1], seen[2]))  # the second step left them alone
+    assert [b / a for a, b in rates] == [1, 1, 0.5, 0.5]
+    assert equal(trained[BLOCKS[0]], whole[BLOCKS[0]])
 
 
 def test_a_teacher_in_half_precision_gets_replacements_in_its_dtype(tiny_pipeline: Path):
