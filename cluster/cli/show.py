@@ -334,14 +334,14 @@ def _print_status(found: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from cluster.live import duration
+    from cluster.live import describe, duration
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"sweep {found['sweep']} of {found['teacher']} in {found['storage']}")
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in found["stages"]:
         took = duration(row["seconds"]) if row["seconds"] else ""
-        share = f"{row['done']}/{row['total']}" if row.get("total") else ""
+        share = f"{row['done']}/{row['total']}  {describe(row['facts'])}" if row["total"] else ""
         table.add_row(row["stage"], row["state"], took, row["summary"] or share)
     console.print(table)
     for best in found["best_trials"]:

@@ -13,8 +13,10 @@ from search.proposals import Start
 from search.rules import RULES, Ground
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
+from search.trials import library_space
 from storage.registry import entries, rank
-from trainers.library.workers import train_library
+from trainers.library.library import Library
+from trainers.library.workers import LibraryReport, train_library
 from trainers.progress import Progress
 from trainers.students.plan import BlockPlan, Plan
 from trainers.worker import stored_plan
@@ -37,6 +39,7 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
         seed=config.seed,
         progress=progress,
     )
+    _check_reachable(sweep, report)
     said = f", {report.measured} cut from the teacher and measured" if report.measured else ""
     said += f", {len(report.failed)} failed" if report.failed else ""
     if report.ridged:
@@ -58,6 +61,24 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
             "earlier": [[label, plan.model_dump(mode="json")] for label, _, plan in earlier],
         },
     )
+
+
+def _check_reachable(sweep: Sweep, report: LibraryReport) -> None:
+    """SweepError when too many replacements failed for any plan to meet its budget."""
+    if not report.failed:
+        return
+    block, why = next(iter(report.failed.items()))
+    made = len(report.failed) + len(report.prefixes)
+    lost = f"library: {len(report.failed)} of {made} replacements failed ({block}: {why})"
+    if sweep.config.plan is not None:
+        raise SweepError(f"{lost}, and the plan needs every one")
+    space = library_space(sweep.teacher, Library(sweep.store, report.prefixes), sweep.table)
+    for target in sweep.targets:
+        if space.within(target.currency).smallest > target.room:
+            raise SweepError(
+                f"{lost}, and without them no plan meets budget {target.label}; train them with "
+                "another library.lr"
+            )
 
 
 def nominated(sweep: Sweep, earlier: Sequence[Start] = ()) -> list[BlockPlan]:

@@ -180,9 +180,17 @@ def _digest(sweep: Sweep) -> str:
     return digest_json([sweep.publish_digest, *without]) if without else sweep.publish_digest
 
 
+def _shown(sweep: Sweep) -> list[str]:
+    """Where its budgets show a model, this sweep's or a better one."""
+    record = PUBLISH.record(sweep)
+    said: Any = record.facts["students"] if record else {}
+    return [layout.best(budget) for budget in said]
+
+
 PUBLISH = Stage(
     name="publish",
     digest=_digest,
     run=run,
+    parts=_shown,
     placed=lambda sweep: sweep.config.workers == 1,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
+from math import isfinite
 
 from pydantic import AwareDatetime, Field, JsonValue, NonNegativeFloat, PositiveInt, ValidationError
 
@@ -54,6 +55,8 @@ class Attempt(Section):
     done: int = 0
     """Units finished when this was noted."""
     total: int = 0
+    facts: dict[str, float | str] = Field(default_factory=dict)
+    """What was shown beside them, such as the best so far."""
 
 
 def read_record(store: Store, sweep: str, stage: str) -> StageRecord | None:
@@ -90,6 +93,7 @@ class Stopwatch:
         self._begun = time.monotonic()
         self._saved = self._begun
         self._done, self._total = 0, 0
+        self._facts: dict[str, float | str] = {}
         self.save()
 
     @property
@@ -97,7 +101,7 @@ class Stopwatch:
         return self._before + time.monotonic() - self._begun
 
     def update(self, done: int, total: int, **facts: float | str) -> None:
-        self._done, self._total = done, total
+        self._done, self._total, self._facts = done, total, facts
         self._shown.update(done, total, **facts)
         if time.monotonic() - self._saved >= SAVE_EVERY:
             self.save()
@@ -108,6 +112,8 @@ class Stopwatch:
         attempt = Attempt(
             digest=self._digest, started=self.started, seconds=round(self.seconds, 2),
             done=self._done, total=self._total,
+            # JSON has no NaN.
+            facts={n: v for n, v in self._facts.items() if isinstance(v, str) or isfinite(v)},
         )  # fmt: skip
         self._store.write(self._key, attempt.model_dump_json().encode())
 

@@ -40,5 +40,6 @@ REPORT = Stage(
     name="report",
     digest=lambda sweep: digest_json([PUBLISH.digest(sweep), "report"]),
     run=run,
+    parts=lambda sweep: [layout.report(sweep.name)],
     placed=lambda _: True,
 )

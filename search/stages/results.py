@@ -59,6 +59,7 @@ def status(sweep: Sweep) -> dict[str, Any]:
                 "summary": record.summary if record else "",
                 "done": attempt.done if attempt else None,
                 "total": attempt.total if attempt else None,
+                "facts": attempt.facts if attempt else {},
             }
         )
     # Those of another search, before the configuration changed, say nothing of this one.

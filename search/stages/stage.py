@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
@@ -17,6 +18,7 @@ from search.stages.record import (
     write_record,
 )
 from search.sweep import Sweep, SweepError
+from storage.errors import EspalierError
 from storage.manifest import all_published, published
 from trainers.progress import Progress
 
@@ -96,7 +98,8 @@ def run_stage(stage: Stage, sweep: Sweep, shown: Progress) -> StageRecord:
     try:
         outcome = stage.run(sweep, watch)
     except BaseException:
-        watch.save()
+        with suppress(EspalierError):  # the first failure is the one to tell
+            watch.save()
         raise
     record = StageRecord(
         stage=stage.name,

@@ -260,3 +260,22 @@ def test_only_the_best_models_stay_when_asked(sweep: Sweep) -> None:
     assert there == {"0", told["url"].rpartition("/")[2]}
     assert told["url"] == f"{sweep.store.url}/models/60pct/{max(there)}"  # best/60pct shows another
     assert {key.split("/")[2] for key in sweep.store.keys("models")} == there
+
+
+def test_models_and_pages_that_were_removed_are_made_again(sweep: Sweep) -> None:
+    stages = [stage_named("publish"), stage_named("report")]
+    for stage in stages:
+        run_stage(stage, sweep, silent())
+    models = sweep_models(sweep)
+    for gone in (layout.best("60pct"), layout.report(sweep.name), *models):
+        withdraw(sweep.store, gone)
+    assert [stage.state(sweep) for stage in stages] == ["missing", "missing"]
+    for stage in stages:
+        run_stage(stage, sweep, silent())
+        assert stage.state(sweep) == "done"
+    assert sweep_models(sweep) == models
+    assert all(published(sweep.store, prefix) for prefix in models)
+
+
+def sweep_models(sweep: Sweep) -> set[str]:
+    return {entry.model for entry in registry.entries(sweep.store, "60pct") if entry.model}

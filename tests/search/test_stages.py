@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import pytest
 
 from search.config import SweepConfig
 from search.stages import STAGES, require_earlier, run_stage, skip_stage, stage_named
-from search.stages.library import earlier_plans
+from search.stages.library import _check_reachable, earlier_plans
 from search.stages.place import Site, place
-from search.stages.record import read_attempt, read_record, write_record
+from search.stages.record import Stopwatch, read_attempt, read_record, write_record
 from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError, open_sweep
 from storage import layout
+from storage.errors import StoreError
 from storage.manifest import publish, withdraw
 from storage.registry import Entry, add, entries, remove
 from trainers.data.shards import EncodedMeta, shard_prefix
 from trainers.library.library import ReplacementMeta, replacement_prefix
+from trainers.library.workers import LibraryReport
 from trainers.progress import Progress, silent
 from trainers.students.counts import plan_parameters
 from trainers.students.plan import BlockPlan, Plan
@@ -297,3 +300,47 @@ def test_plans_of_another_teacher_are_no_start(sweep: Sweep) -> None:
     add(sweep.store, entry.model_copy(update={"teacher": "0123456789abcdef"}))
     assert earlier_plans(sweep) == []
     assert stored_plan(sweep.store, entry.prefix) == plan
+
+
+def test_a_store_that_is_out_does_not_hide_what_a_stage_ended_with(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(self: object) -> None:
+        raise StoreError("the store does not answer")
+
+    def interrupted(sweep: Sweep, progress: Progress) -> Outcome:
+        monkeypatch.setattr(Stopwatch, "save", out)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage_that(interrupted), sweep, silent())
+
+
+def test_how_far_a_stage_was_is_kept_with_what_it_had_found(sweep: Sweep) -> None:
+    def cut_off(sweep: Sweep, progress: Progress) -> Outcome:
+        progress.update(3, 8, loss=float("nan"), **{"50pct": 0.25})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage_that(cut_off), sweep, silent())
+    attempt = read_attempt(sweep.store, sweep.name, "work")
+    assert attempt is not None
+    assert (attempt.done, attempt.total, attempt.facts) == (3, 8, {"50pct": 0.25})
+
+
+@pytest.mark.parametrize("failed", [[], [1], [0], range(5)])
+def test_a_library_that_lost_too_much_says_so(sweep: Sweep, failed: Sequence[int]) -> None:
+    """60% of six blocks are three spans of two: without the first there are but two."""
+    blocks = [BlockPlan(span=(i, i + 1), start="library") for i in range(5)]
+    prefixes = {block: f"library/{n}" for n, block in enumerate(blocks)}
+    for prefix, block in [(prefixes[block], block) for block in blocks]:
+        meta = ReplacementMeta(block=block, damage=0.5)
+        publish(sweep.store, prefix, {}, meta.model_dump(mode="json"))
+    lost = dict.fromkeys([blocks[i] for i in failed], "its loss was not finite")
+    report = LibraryReport(
+        prefixes={b: p for b, p in prefixes.items() if b not in lost},
+        trained=5, measured=0, reused=0, failed=lost, ridged=(), interruptions=(),
+    )  # fmt: skip
+    said = rf"{len(lost)} of 5 .*not finite.*budget 60pct; .*library.lr"
+    with nullcontext() if 0 not in failed else pytest.raises(SweepError, match=said):
+        _check_reachable(sweep, report)
