@@ -1,11 +1,12 @@
 """What the commands share: their options, how they end, and opening what a configuration names.
 
 Exit codes: 0 done, 1 something the user gave is wrong (one sentence says what), 2 wrong usage,
-3 a stage failed while it ran, 130 interrupted.
+3 a stage, or Espalier itself, failed while it ran, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -61,9 +62,11 @@ def endings(resume: str | None = None) -> Iterator[None]:
     except EspalierError as error:
         _complain(str(user_error(error) or error), USER_ERROR)
     except OSError as error:
-        if error.filename is None:
-            raise
-        _complain(f"{error.filename}: {error.strerror or error}", USER_ERROR)
+        what = f"{error.filename}: " if error.filename else ""
+        what += error.strerror or str(error).strip() or type(error).__name__
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what += "; free some space, or set TMPDIR to a folder on another disk"
+        _complain(what, USER_ERROR)
     except KeyboardInterrupt:
         if resume is None:
             _complain("interrupted", INTERRUPTED)
@@ -79,6 +82,16 @@ def endings(resume: str | None = None) -> Iterator[None]:
             traceback.print_exception(cause, file=sys.stderr)
         again = f"; what is finished stays, run again with: {resume}" if resume else ""
         _complain(f"{failure}{again}", STAGE_FAILED)
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except Exception as error:
+        mended = user_error(error)
+        if mended is not None:
+            _complain(str(mended), USER_ERROR)
+        traceback.print_exception(error, file=sys.stderr)
+        lines = str(error).strip().splitlines()
+        said = f": {lines[0]}" if lines else ""
+        _complain(f"failed, and not by your doing: {type(error).__name__}{said}", STAGE_FAILED)
     finally:
         if heeded:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -447,6 +448,36 @@ def test_an_unexpected_failure_is_3(capsys: pytest.CaptureFixture[str]) -> None:
         raise StageError("search: failed: no room") from MemoryError("no room")
     assert caught.value.exit_code == 3
     assert "espalier: search: failed: no room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "left on device; free some space, or",
+        ),
+        (OSError("cannot load the processor"), 1, "espalier: cannot load the processor\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), 1, "espalier: a.png: No such"),
+        (ValueError("sizes differ\nby 3"), 3, "not by your doing: ValueError: sizes differ\n"),
+        (MemoryError(), 3, "espalier: failed, and not by your doing: MemoryError\n"),
+    ],
+)
+def test_whatever_a_command_raises_ends_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], raised: Exception, code: int, said: str
+) -> None:
+    with pytest.raises(typer.Exit) as caught, endings():
+        raise raised
+    assert caught.value.exit_code == code
+    last = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert last.startswith("espalier: ")
+    assert said in last
+
+
+def test_wrong_usage_is_left_to_typer() -> None:
+    with pytest.raises(typer.BadParameter), endings():
+        raise typer.BadParameter("no such size")
 
 
 def test_a_check_that_breaks_is_a_failed_stage(
