@@ -6,6 +6,7 @@ is derived from it.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 from collections.abc import Mapping
@@ -223,10 +224,25 @@ def plan_of(data: object, where: str) -> Plan:
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
-        given = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
-        raise PlanError(f"{where}: {place.lstrip('.')}: {first['msg']}{given}") from error
+        raise PlanError(f"{where}: {_told(error)}") from error
+
+
+def _told(error: ValidationError) -> str:
+    """The first field that is wrong and why, by all kinds of values that it may have."""
+    first = error.errors()[0]
+    # blocks, number, field; what comes below names a kind.
+    place, *kinds = [e for e in error.errors() if e["loc"][:3] == first["loc"][:3]]
+    shown = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"][:3])
+    if first["type"] == "extra_forbidden":
+        known = [*(Plan if len(first["loc"]) == 1 else BlockPlan).model_fields]
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"{shown.lstrip('.')}: no such field; {meant}"
+    if first["type"] == "missing":
+        return f"{shown.lstrip('.')}: is required"
+    said = (e["msg"].replace("Input should be", "must be") for e in (place, *kinds))
+    given = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
+    return f"{shown.lstrip('.')}: {', or '.join(dict.fromkeys(said))}{given}"
 
 
 def load_plan(path: str | Path) -> Plan:

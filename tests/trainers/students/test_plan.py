@@ -145,7 +145,19 @@ def test_load_plan_reads_plans_and_recipes(tmp_path, recipe, suffix):
         ),
         (
             "{family: qwen_image, teacher_blocks: 2, blocks: [{span: [0, 1], fnn: 0.5}]}",
-            ["blocks[0].fnn"],
+            ["blocks[0].fnn: no such field; did you mean ffn?"],
+        ),
+        (
+            "{family: qwen_image, teacher_blocks: 2, blocks: [{span: [0, 1], ffn: linaer}]}",
+            ["blocks[0].ffn: must be a valid number", "or must be 'linear', got 'linaer'"],
+        ),
+        (
+            "{familly: qwen_image, teacher_blocks: 2, blocks: [{span: [0, 1]}]}",
+            ["family: is required"],
+        ),
+        (
+            "{family: qwen_image, teacher_blocks: 2, blocks: [{span: [0, 1]}], budget: 1}",
+            ["budget: no such field; known are family, teacher_blocks, blocks"],
         ),
         ("{family: qwen_image, teacher_blocks: 2, blocks: [{span: [0, 0]}]}", ["block 0"]),
     ],
