@@ -12,6 +12,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.digest import digest_json
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 def encoding_digest(teacher: Teacher, config: DataConfig, seed: int) -> str:
     """Names what `encode` makes: the encoders and all of the configuration that shows in it."""
     shown = config.model_dump(mode="json", exclude={"batch_size"})
+    if config.path is not None and "://" not in config.path:
+        # The same words mean another folder elsewhere, and the storage may be shared.
+        shown["path"] = str(Path(config.path).expanduser().resolve())
     return digest_json({"encoder": teacher.encoder_digest, "data": shown, "seed": seed})
 
 

@@ -337,6 +337,11 @@ def _pairs(config: DataConfig, named: Sequence[tuple[str, str]]) -> list[Any]:
         path = PurePosixPath(name)
         stem = str(path.with_suffix(""))
         if path.suffix.lower() in PICTURES:
+            if stem in pictures:
+                raise DataError(
+                    f"{shown}: shares its name, and so its caption, with {pictures[stem][0]}; "
+                    "rename one of them, with a caption of its own, or remove it"
+                )
             pictures[stem] = (shown, name)
         elif path.suffix == caption_extension:
             captions[stem] = (shown, name)

@@ -169,10 +169,20 @@ def test_a_bad_picture_is_named_in_one_sentence_and_the_shards_before_it_stay(
     assert published(store, shard_prefix(PREFIX, 1)) is None
 
 
-def test_an_encoding_is_named_by_what_shows_in_it(teacher: Teacher):
+def test_an_encoding_is_named_by_what_shows_in_it(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     name = encoding_digest(teacher, CONFIG, seed=0)
     assert name == encoding_digest(teacher, CONFIG.model_copy(update={"batch_size": 7}), seed=0)
     assert name != encoding_digest(teacher, CONFIG, seed=1)
+    there = DataConfig(source="folder", path="pictures")
+    monkeypatch.chdir(tmp_path)
+    here = encoding_digest(teacher, there, seed=0)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert encoding_digest(teacher, there, seed=0) != here  # another folder by the same words
+    same = there.model_copy(update={"path": str(tmp_path / "pictures")})
+    assert encoding_digest(teacher, same, seed=0) == here
     assert name != encoding_digest(teacher, CONFIG.model_copy(update={"resolution": 32}), seed=0)
 
 

@@ -98,6 +98,13 @@ def test_drawn_pictures_depend_on_seed_and_place_alone():
     assert len(second.items) == 2
 
 
+def test_two_pictures_with_one_caption_are_named(tmp_path: Path):
+    made = fill_folder(tmp_path)
+    (tmp_path / "sub0" / "2.jpg").write_bytes((tmp_path / "sub0" / "2.png").read_bytes())
+    with pytest.raises(DataError, match=r"sub0/2\.\w+: shares its name.* with .*sub0/2\.\w+"):
+        list_units(made)
+
+
 def test_a_picture_without_a_caption_is_named(tmp_path: Path):
     made = fill_folder(tmp_path)
     (tmp_path / "sub0" / "2.txt").unlink()
