@@ -36,7 +36,8 @@ _log = logging.getLogger(__name__)
 
 _STATE = "state.json"
 # A rank's shards up to this size are staged in memory; larger ones on disk.
-_IN_MEMORY = 128 * 2**20
+# (A worker trains up to some tens of replacements, which all save at the same step.)
+_IN_MEMORY = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -208,23 +209,28 @@ def clear_unfinished(store: Store, prefix: str) -> None:
 
 def _stage(file: TensorFile) -> BinaryIO | None:
     """A copy of the file, or None when there is no room for it."""
-    in_memory = file.size <= _IN_MEMORY
-    stream = cast("BinaryIO", io.BytesIO() if in_memory else tempfile.TemporaryFile())  # noqa: SIM115  # the sender closes it
+    stream: BinaryIO | None = None
     try:
+        stream = io.BytesIO() if file.size <= _IN_MEMORY else _nameless_file()
         for bit in file.bits():
             stream.write(bit)
         stream.seek(0)
     except OSError as error:
-        stream.close()
+        if stream is not None:
+            stream.close()
         _log.warning(
             "%s: no room to stage a checkpoint of %d bytes (%s); training waits until it is sent, "
             "free some space or set TMPDIR to another disk",
-            tempfile.gettempdir(),
+            tempfile.tempdir or "no folder for temporary files",
             file.size,
             error.strerror,
         )
         return None
     return stream
+
+
+def _nameless_file() -> BinaryIO:
+    return cast("BinaryIO", tempfile.TemporaryFile())
 
 
 def _open(store: Store, prefix: str, step: int) -> Checkpoint:
