@@ -1,9 +1,9 @@
 """The rival: Optuna's TPE over which blocks to keep and how wide, every trial distilling its own
 student, ASHA stopping the worse ones. What a user of Ray Tune would write with its own parts.
 
-It is given every advantage that does not change what it is: each proposal fits the budget, the
-first block always stays, and the loss, batch and noise of its distillation are those that our own
-demo found good.
+It is given much that its writer would have to find out: each proposal fits the budget, the first
+block always stays, and the loss, batch and noise of its distillation are those of our own recovery.
+Using an answer of the teacher twice is ours, and no part of it unless `reuse` says so.
 """
 
 from __future__ import annotations
@@ -54,10 +54,16 @@ def drawn_plan(family: Family, config: Config, limit: int, drawn: Mapping[str, A
     return Plan(family=family.name, teacher_blocks=blocks, blocks=made)
 
 
-def drawn_schedule(steps: int, rate: float) -> Schedule:
+def drawn_schedule(steps: int, rate: float, reuse: int) -> Schedule:
     """The whole student matches the teacher's velocity."""
     phase = Phase(
-        loss="velocity", train="all", steps=steps, lr=rate, batch_size=64, timestep_shift=8.0
+        loss="velocity",
+        train="all",
+        steps=steps,
+        lr=rate,
+        batch_size=64,
+        timestep_shift=8.0,
+        reuse=reuse,
     )
     return Schedule(phases=(phase,))
 
@@ -87,7 +93,7 @@ def trial(config: dict[str, Any]) -> None:
             lines.write(json.dumps(told) + "\n")
         tune.report(told)
 
-    schedule = drawn_schedule(steps, config["rate"])
+    schedule = drawn_schedule(steps, config["rate"], options["reuse"])
     distil(setting, student, plan, schedule, options["seed"], rungs(steps), reached)
 
 
@@ -96,6 +102,7 @@ def run_baseline(
     limit: int,
     trials: int,
     steps: int,
+    reuse: int,
     seed: int,
     per_family: int,
     workers: int,
@@ -127,6 +134,7 @@ def run_baseline(
             "config": str(config.resolve()),
             "limit": limit,
             "steps": steps,
+            "reuse": reuse,
             "seed": seed,
             "per_family": per_family,
             "notes": str(notes.resolve()),
@@ -152,6 +160,7 @@ def run_baseline(
         ]
     return {
         "steps": steps,
+        "reuse": reuse,
         "trials": told,
         "wall_s": round(time.monotonic() - started, 1),
         "workers": workers,

@@ -36,6 +36,7 @@ def main() -> None:
     arguments.add_argument("--budget", default="50%")
     arguments.add_argument("--trials", type=int, default=60)
     arguments.add_argument("--steps", type=int, default=200, help="of each student of the rival")
+    arguments.add_argument("--reuse", type=int, default=1, help="of its teacher's answers")
     arguments.add_argument("--per-family", type=int, default=80)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     options = arguments.parse_args()
@@ -74,8 +75,8 @@ def rival_search(options: argparse.Namespace) -> dict[str, Any]:
     notes.mkdir()
     with connected("cpu"):
         return run_baseline(
-            options.config, limit, options.trials, options.steps, options.seeds[0],
-            options.per_family, processors(), notes,
+            options.config, limit, options.trials, options.steps, options.reuse,
+            options.seeds[0], options.per_family, processors(), notes,
         )  # fmt: skip
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.rival.baseline import WIDTHS, drawn_plan, rungs
 from benchmarks.rival.compare import cheapest, compare, ours_at, rival_at
+from cluster.configfile import load_config
+from search.config import SweepConfig
 from trainers.students.counts import plan_parameters
 from trainers.students.families import family_named
 
+ROOT = Path(__file__).parents[2]
 OURS: dict[str, Any] = {
     "analysis_cpu": 1.0,
     "library_cpu": 9.0,
@@ -88,3 +92,10 @@ def _drawn(width: float) -> dict[str, float]:
 def test_rungs_end_with_the_last_step() -> None:
     assert rungs(200) == [22, 66, 200]
     assert rungs(20) == [20]
+
+
+def test_our_half_reads_what_the_demo_has_encoded() -> None:
+    """`make bench-search` comes after `make demo`."""
+    files = (ROOT / "benchmarks/rival/half.yaml", ROOT / "examples/miniature.yaml")
+    half, demo = (load_config(file, [], SweepConfig) for file in files)
+    assert (half.teacher, half.data, half.seed) == (demo.teacher, demo.data, demo.seed)
