@@ -4,6 +4,7 @@ stage."""
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from search.trials import load_trials
@@ -117,14 +119,49 @@ def test_a_sweep_on_s3(tmp_path: Path, tiny_pipeline: Path, s3_url: str) -> None
     assert {block.untrained for block in changed} == {True, False}
 
 
+@pytest.mark.timeout(900)
+def test_ctrl_c_leaves_a_sweep_that_resumes(tmp_path: Path, tiny_pipeline: Path) -> None:
+    """Ctrl-C in a terminal reaches the whole group, Ray's processes among them."""
+    config = write_config(tmp_path, tiny_pipeline, str(tmp_path / "runs"))
+    with subprocess.Popen(
+        [*COMMAND, "sweep", str(config), "--json"], cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        assert running.stdout is not None
+        assert running.stderr is not None
+        events = (json.loads(line) for line in running.stdout if line.startswith("{"))
+        next(
+            e for e in events if e["event"] == "progress" and e["stage"] == "library" and e["done"]
+        )
+        began = children_of(running.pid)
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.stderr.read()
+    assert running.returncode == 130, said
+    assert "Traceback" not in said
+    assert f"the sweep resumes with: espalier sweep {config}" in said
+    assert len(began) > 2
+    _, left = psutil.wait_procs(began, timeout=30)
+    assert left == []
+    assert ended(espalier("sweep", config)) == {
+        stage: stage in ("encode", "analyse") for stage in STAGES
+    }
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    """Ray's among them, which are sessions of their own."""
+    return psutil.Process(pid).children(recursive=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_sweep_killed_in_every_stage_ends_alike(tmp_path: Path) -> None:
     # Two schedules: one is measured when the recoveries are cut off, and the other is not.
     recover = {**TINY["recover"], "schedules": 2}
+    # Most plans are the sampler's.
+    changes = {"recover": recover, "search": {**TINY["search"], "trials": 12, "exact": 1}}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    runs = [espalier("sweep", write_config(tmp_path, MINIATURE, str(whole), recover=recover))]
-    config = write_config(tmp_path, MINIATURE, str(killed), recover=recover)
+    runs = [espalier("sweep", write_config(tmp_path, MINIATURE, str(whole), **changes))]
+    config = write_config(tmp_path, MINIATURE, str(killed), **changes)
     finished: dict[Path, int] = {}
     for stage in STAGES:
         kill_in(stage, config, killed)
@@ -136,6 +173,8 @@ def test_a_sweep_killed_in_every_stage_ends_alike(tmp_path: Path) -> None:
     plans = [[student["plan"] for student in run[-1]["students"]] for run in runs]
     assert plans[0] == plans[1]
     assert fidelity_losses(killed) == pytest.approx(fidelity_losses(whole), rel=1e-3)
+    assert proposed_by(killed) == proposed_by(whole)
+    assert proposed_by(whole).count("tpe") >= 4
 
 
 UNITS = {
@@ -180,6 +219,12 @@ def has_begun(event: Mapping[str, Any], root: Path) -> bool:
     if event["event"] != "progress":
         return event["event"] == "done" or stage == "report"
     return event["done"] > 0 and (stage not in UNITS or bool(units(root, stage)))
+
+
+def proposed_by(root: Path) -> list[str]:
+    trials = load_trials(open_store(str(root)), layout.search("tiny"))
+    assert trials is not None
+    return [trial.origin for trial in trials]
 
 
 def fidelity_losses(root: Path) -> dict[str, float | None]:

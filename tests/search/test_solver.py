@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.budget import CURRENCIES, BudgetError
+from search.budget import CURRENCIES, BudgetError, Currency
 from search.solver import (
     Piece,
     Pieces,
@@ -82,6 +82,29 @@ def test_finds_what_brute_force_finds(
     assert [partition.damage for partition in found] == fitting[:count]
     assert len({partition.blocks for partition in found}) == len(found)
     assert {(p.damage, p.cost, p.blocks) for p in found} <= set(all_of_them)
+
+
+@pytest.mark.parametrize("currency", CURRENCIES)
+def test_every_budget_of_a_library_of_every_span(currency: Currency) -> None:
+    """Eight blocks, all their 36 spans in two widths, 4,374 plans; every budget there is."""
+    rng, pieces = random.Random(currency), dict[BlockPlan, Piece]()
+    for first in range(BLOCKS):
+        for last in range(first, BLOCKS):
+            for ffn in (1.0, 0.5):
+                block = BlockPlan(span=(first, last), start="library", ffn=ffn)
+                cost, peak = rng.randint(5, 9) + round(3 * ffn), rng.randint(0, 9)
+                damage = rng.randint(1, 20) * (last - first + 1)
+                pieces[block] = Piece(damage, cost, peak if currency == "memory" else 0)
+    plans = sorted((damage, cost) for damage, cost, _ in every_partition(pieces))
+    assert len(plans) == 2 * 3 ** (BLOCKS - 1)
+    costs = {cost for _, cost in plans}
+    for limit in range(min(costs), max(costs) + 1):
+        expected = [damage for damage, cost in plans if cost <= limit][:3]
+        found = best_partitions(pieces, BLOCKS, OUTSIDE, limit, 3)
+        assert [partition.damage for partition in found] == expected
+        assert all(partition.cost <= limit for partition in found)
+    with pytest.raises(BudgetError, match=f"smallest reachable costs {min(costs):,}"):
+        best_partitions(pieces, BLOCKS, OUTSIDE, min(costs) - 1)
 
 
 @settings(max_examples=60, deadline=None)
