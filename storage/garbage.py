@@ -84,7 +84,7 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     for prefix, names in published_at.items():
         mine = [bodies[key] for name in (*names, MANIFEST) if (key := f"{prefix}/{name}") in bodies]
         checkpoint, training = _CHECKPOINT.match(prefix), _TRAINING.match(prefix)
-        ended = checkpoint is not None and _ended(store, checkpoint, published_at)
+        ended = checkpoint is not None and _ended(store, checkpoint, published_at, bodies)
         if ended or (training is not None and training[1] in published_at):
             found.append(_garbage("old checkpoint", prefix, mine))
         elif (model := _MODEL.match(prefix)) and prefix not in named and model[1] not in unsure:
@@ -135,22 +135,31 @@ def _unfinished_uploads(store: Store) -> Iterator[Garbage]:
         )
 
 
-def _ended(store: Store, checkpoint: re.Match[str], published_at: Mapping[str, object]) -> bool:
-    """Whether the recovery has its student, or its sweep notes that it ended without one; of one
+def _ended(
+    store: Store,
+    checkpoint: re.Match[str],
+    published_at: Mapping[str, object],
+    bodies: Mapping[str, object],
+) -> bool:
+    """Whether the recovery has its student, or its sweep has recovered without it: it noted that
+    this one ended, or is at an end itself and was configured otherwise when this one began. Of one
     that broke off they are what it goes on from."""
     recovery, sweep, budget, trial = checkpoint.groups()
     if f"{recovery}/student" in published_at:
         return True
-    done = layout.stage(sweep.partition("/")[2], "recover")
+    name = sweep.partition("/")[2]
+    done = layout.stage(name, "recover")
     try:
         record = published(store, done) if done in published_at else None
     except DamagedError:
         return False
-    facts: Any = record.meta.get("facts", {}) if record else {}
-    return any(
-        (noted["budget"], noted["trial"]) == (budget, trial) and not noted.get("broke")
-        for noted in facts.get("recoveries", ())
-    )
+    if record is None:
+        return False
+    facts: Any = record.meta.get("facts", {})
+    for noted in facts.get("recoveries", ()):
+        if (noted["budget"], noted["trial"]) == (budget, trial):
+            return not noted.get("broke")
+    return layout.attempt(name, "recover") not in bodies
 
 
 def _publication(key: str) -> str:

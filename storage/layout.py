@@ -71,6 +71,11 @@ def stage(name: str, stage: str) -> str:
     return f"{sweep(name)}/stages/{_name(stage)}"
 
 
+def attempt(name: str, stage: str) -> str:
+    """A stage of a sweep that has begun and not come to its end: one object."""
+    return f"{sweep(name)}/stages/{_name(stage)}/running.json"
+
+
 def sweep_costs(name: str) -> str:
     """Which of the measured costs a sweep goes by."""
     return f"{sweep(name)}/costs"

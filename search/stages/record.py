@@ -68,13 +68,13 @@ def read_record(store: Store, sweep: str, stage: str) -> StageRecord | None:
 def write_record(store: Store, sweep: str, record: StageRecord) -> None:
     """From here on the stage is done."""
     publish(store, layout.stage(sweep, record.stage), {}, record.model_dump(mode="json"))
-    store.remove(_attempt_key(sweep, record.stage))
+    store.remove(layout.attempt(sweep, record.stage))
 
 
 def read_attempt(store: Store, sweep: str, stage: str) -> Attempt | None:
     """The attempt that has not come to its end, if any."""
     try:
-        with store.read(_attempt_key(sweep, stage)) as stream:
+        with store.read(layout.attempt(sweep, stage)) as stream:
             return Attempt.model_validate_json(stream.read())
     except (MissingKey, ValidationError):  # a note about time is not worth stopping for
         return None
@@ -84,7 +84,7 @@ class Stopwatch:
     """A Progress that passes everything on and keeps note of the time a stage takes."""
 
     def __init__(self, store: Store, sweep: str, stage: str, digest: str, shown: Progress) -> None:
-        self._store, self._key, self._shown = store, _attempt_key(sweep, stage), shown
+        self._store, self._key, self._shown = store, layout.attempt(sweep, stage), shown
         earlier = read_attempt(store, sweep, stage)
         same = earlier is not None and earlier.digest == digest
         self._before = earlier.seconds if earlier and same else 0.0
@@ -116,7 +116,3 @@ class Stopwatch:
             facts={n: v for n, v in self._facts.items() if isinstance(v, str) or isfinite(v)},
         )  # fmt: skip
         self._store.write(self._key, attempt.model_dump_json().encode())
-
-
-def _attempt_key(sweep: str, stage: str) -> str:
-    return f"{layout.stage(sweep, stage)}/running.json"

@@ -103,8 +103,15 @@ def test_checkpoints_of_a_sweep_that_has_recovered_are_old(store):
     ]
     facts = {"facts": {"recoveries": recoveries}}
     publish(store, layout.stage("sweep", "recover"), {}, facts)
+    store.write(layout.attempt("sweep", "recover"), b"{}")
     at = layout.checkpoint("sweep", "10B", "stopped")
     assert listed(store) == [("old checkpoint", f"{at}/step-000000001")]
+    # Once nothing is under way any more, what the record does not know is another configuration's.
+    store.remove(layout.attempt("sweep", "recover"))
+    other = layout.checkpoint("sweep", "10B", "begun-since")
+    assert listed(store) == [
+        ("old checkpoint", f"{prefix}/step-000000001") for prefix in (other, at)
+    ]
 
 
 def test_checkpoints_of_a_replacement_that_is_trained_are_old(store):
