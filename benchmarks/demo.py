@@ -1,4 +1,4 @@
-"""What a command takes of the machine: wall time, and memory above what was used before.
+"""What a command takes of the machine: wall time, cores, and memory above what was used before.
 
     python -m benchmarks.demo [COMMAND ...]
 
@@ -11,6 +11,7 @@ Prints one JSON object.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,15 +24,17 @@ DEMO = ["espalier", "sweep", "examples/miniature.yaml"]
 def main() -> None:
     command = sys.argv[1:] or [str(Path(sys.executable).with_name(DEMO[0])), *DEMO[1:]]
     before = peak = used()
-    started = time.monotonic()
+    computed, started = core_seconds(), time.monotonic()
     with subprocess.Popen(command, stdout=sys.stderr) as running:
         while running.poll() is None:
             peak = max(peak, used())
             time.sleep(SAMPLE_SECONDS)
+    seconds = time.monotonic() - started
     found = {
         "command": " ".join(command),
         "exit": running.returncode,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
+        "cores_busy": round((core_seconds() - computed) / seconds, 2),
         "peak_gib": round((peak - before) / 2**30, 2),
     }
     print(json.dumps(found, indent=1))
@@ -43,6 +46,13 @@ def used() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return (kib["MemTotal"] - kib["MemAvailable"]) * 1024
+
+
+def core_seconds() -> float:
+    """That all cores have not been idle, since the machine started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
