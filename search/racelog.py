@@ -100,12 +100,12 @@ class RaceLog:
             if outcome.fidelity_loss is not None:
                 shown.trial.report(outcome.fidelity_loss, outcome.steps)
             shown.tiers += 1
-        last, outcome = outcomes[-1] if outcomes else (None, None)
-        if outcome is not None and outcome.fidelity_loss is None:
-            shown.trial.set_user_attr("failed", outcome.failed)
+        tier, last = max(outcomes, key=lambda pair: pair[0], default=(-1, None))
+        if last is not None and last.fidelity_loss is None:
+            shown.trial.set_user_attr("failed", last.failed)
             study.tell(shown.trial, state=TrialState.FAIL)
-        elif outcome is not None and last == race.tiers[-1]:
-            study.tell(shown.trial, outcome.fidelity_loss)
+        elif last is not None and tier == race.tiers[-1]:
+            study.tell(shown.trial, last.fidelity_loss)
         elif race.done:
             study.tell(shown.trial, state=TrialState.PRUNED)
         else:

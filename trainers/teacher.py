@@ -372,12 +372,13 @@ def _folder(name: str) -> tuple[Path, HubModel | None]:
             "Hugging Face hub such as Qwen/Qwen-Image"
         )
     # Some kilobytes tell whether tens of gigabytes would be of use.
-    config = _fetched(*known.groups(), files=[_CONFIG]) / _CONFIG
+    model, revision = known.groups()
+    config = _fetched(model, revision, [_CONFIG]) / _CONFIG
     if config.is_file():
         family_of(_json(config), f"teacher {name}: {_CONFIG}")
-    folder = _fetched(*known.groups())
+    folder = _fetched(model, revision)
     # The hub's cache keeps every commit in a folder of its name.
-    return folder, HubModel(known.group(1), folder.name)
+    return folder, HubModel(model, folder.name)
 
 
 def _fetched(name: str, revision: str | None, files: Sequence[str] = _HUB_FILES) -> Path:
