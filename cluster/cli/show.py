@@ -222,8 +222,10 @@ def recipe_teacher(path: Path) -> str | None:
 
 
 def transformer_config(name: str) -> dict[str, Any]:
-    """transformer/config.json of a folder, or of a hub repository as `open_teacher` takes its name;
-    no weights are fetched."""
+    """transformer/config.json of a folder, of a pipeline in a store, or of a hub repository as
+    `open_teacher` takes its name; no weights are fetched."""
+    if "://" in name:
+        return _config_of(f"{name}/transformer/config.json", _stored_config(name))
     file = Path(name).expanduser() / "transformer" / "config.json"
     if not Path(name).expanduser().is_dir():
         from huggingface_hub import hf_hub_download
@@ -246,11 +248,32 @@ def transformer_config(name: str) -> dict[str, Any]:
                 "the name, the network and your access"
             ) from error
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return _config_of(str(file), file.read_bytes())
+    except OSError as error:
         raise TeacherSizesError(f"{file}: cannot be read ({error})") from error
+
+
+def _stored_config(url: str) -> bytes:
+    from storage.errors import MissingKey
+    from storage.store import open_store
+
+    root, _, prefix = url.rstrip("/").rpartition("/")
+    try:
+        with open_store(root).read(f"{prefix}/transformer/config.json") as stream:
+            return stream.read()
+    except MissingKey as error:
+        raise TeacherSizesError(
+            f"teacher {url}: no transformer/config.json there; give the URL of a pipeline"
+        ) from error
+
+
+def _config_of(where: str, content: bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise TeacherSizesError(f"{where}: cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise TeacherSizesError(f"{file}: must hold a JSON object")
+        raise TeacherSizesError(f"{where}: must hold a JSON object")
     return config
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +306,19 @@ def test_a_plan_for_another_teacher_is_refused(tmp_path: Path, tiny_pipeline: Pa
     done = espalier("plan", ppcl_plan(tmp_path), "--teacher", tiny_pipeline)
     assert done.exit_code == 1
     assert "has 6 blocks" in done.stderr
+
+
+def test_a_plan_of_a_teacher_in_a_store_is_counted(tiny_pipeline: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_pipeline / "transformer" / "config.json").read_text())
+    plan = tmp_path / "plan.json"
+    plan.write_text(uniform_plan("qwen_image", 6, 3).to_json())
+    shutil.copytree(tiny_pipeline, tmp_path / "models" / "tiny")
+    url = f"{(tmp_path / 'models').as_uri()}/tiny"
+    counted = json.loads(espalier("plan", plan, "--teacher", url, "--json").stdout)["parameters"]
+    assert counted == plan_parameters(uniform_plan("qwen_image", 6, 3), config)
+    gone = espalier("plan", plan, "--teacher", f"{url}-gone")
+    assert gone.exit_code == 1
+    assert "tiny-gone: no transformer/config.json there" in gone.stderr
 
 
 @pytest.mark.parametrize("revision", ["", "@v1", f"@{COMMIT}"])
