@@ -23,7 +23,7 @@ from pydantic import (
 
 from search.ranks import rank_correlation
 from search.samplers import Sampler
-from search.tiers import Candidate, Finalist, Race, Rules, Run
+from search.tiers import Candidate, Finalist, Promotion, Race, Rules, Run
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError
@@ -63,6 +63,11 @@ class RecoverConfig(Section):
     keep: Part = 0.5
     """Part of the candidates (finalists with a schedule each) that goes on from a tier to the next;
     always at least one."""
+
+    promotion: Promotion = "halving"
+    """Whether a tier waits for all its candidates before the better ones go on (`halving`), or
+    they go on while others still run (`asha`): a few more do, and no worker waits, which pays where
+    `concurrent` is more than the recoveries that one tier of one budget has left."""
 
     widen: Annotated[float, Field(ge=-1, le=1)] = 0.4
     """Rank correlation of two neighbouring tiers below which the lower one misleads: as many
@@ -333,6 +338,7 @@ def recover_finalists(
         config.keep,
         config.widen,
         config.sampler,
+        config.promotion,
     )
     by_budget: dict[str, list[Finalist]] = {}
     for finalist in finalists:

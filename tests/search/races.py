@@ -18,7 +18,7 @@ SPACE = ScheduleSpace(
     )
 )
 PLAN = Plan(family="qwen_image", teacher_blocks=2, blocks=(BlockPlan(span=(0, 1)),))
-TIERS = (0.25, 1.0)
+TIERS = (0.1, 0.25, 1.0)
 
 Losses = Callable[[int, int, int], float | None]
 """By rank of the finalist, number of its schedule, and tier; None fails."""

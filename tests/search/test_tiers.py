@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from search.samplers import SAMPLERS, Sampler
-from search.tiers import Rules, climbers
+from search.tiers import Promotion, Rules, climbers, forerunners
 from tests.search.races import SPACE, Bench, one_tier, schedules, two_tiers
 
 
@@ -123,17 +124,63 @@ def test_samplers_learn_from_what_was_stopped(sampler: Sampler) -> None:
     assert sum(short[12:]) < sum(long[12:])
 
 
+@pytest.mark.parametrize(("promotion", "tier"), [("halving", 0), ("asha", 1)])
+def test_by_asha_the_better_ones_go_on_while_others_still_run(
+    promotion: Promotion, tier: int
+) -> None:
+    bench = Bench(lambda rank, *_: 0.1 * rank, Rules(6, 1, 2, 0.5, -1, promotion=promotion), 6)
+    race = bench.run(bench.race(), most=2)
+    following = race.waiting()
+    assert following is not None
+    assert following.tier == tier
+
+
+def test_asha_goes_on_through_every_tier_and_ends_with_the_best_of_each() -> None:
+    for seed in range(20):
+        drawn = random.Random(seed)
+        worth = [drawn.random() for _ in range(9)]
+
+        def losses(rank: int, number: int, tier: int) -> float:
+            return worth[rank] / (tier + 1)  # noqa: B023
+
+        bench = Bench(losses, Rules(9, 1, 3, 1 / 3, -1, promotion="asha"), 9)
+        race = bench.run(bench.race(), at_once=3, order=seed)
+        assert race.best == min(worth) / 3
+        by_tier = [sum(tier == t for _, _, tier in bench.ran) for t in range(3)]
+        assert by_tier[0] == 9
+        assert 3 <= by_tier[1] <= 6
+        assert 1 <= by_tier[2] < by_tier[1]
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(0, 1)), max_size=9), st.floats(0.1, 1))
+def test_forerunners_are_the_best_of_some_beginning(
+    losses: list[float | None], keep: float
+) -> None:
+    items = list(range(len(losses)))
+    wanted = set()
+    for count in range(len(losses) + 1):
+        known = [(loss, item) for item, loss in enumerate(losses[:count]) if loss is not None]
+        wanted |= {item for _, item in sorted(known)[: int(count * keep)]}
+    going = forerunners(items, lambda item: (True, losses[item]), keep)
+    assert sorted(going) == sorted(wanted)
+    for cut in items:  # what comes later takes none back
+        early = forerunners(items, lambda item: (item < cut, losses[item]), keep)  # noqa: B023
+        assert going[: len(early)] == early
+
+
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 200), st.integers(1, 5), st.integers(0, 20))
-@example(119, 1, 15)
+@given(
+    st.integers(0, 200), st.integers(1, 5), st.integers(0, 20), st.sampled_from(["halving", "asha"])
+)
+@example(119, 1, 15, "halving")
 def test_a_race_is_the_same_however_many_run_at_once_and_wherever_it_is_cut_off(
-    seed: int, at_once: int, cut: int
+    seed: int, at_once: int, cut: int, promotion: Promotion
 ) -> None:
     def losses(rank: int, number: int, tier: int) -> float | None:
         drawn = random.Random(f"{seed} {rank} {number} {tier}").random()
         return None if drawn < 0.2 else drawn
 
-    rules = two_tiers(3, 3, keep=0.4, widen=0.4)
+    rules = dataclasses.replace(two_tiers(3, 3, keep=0.4, widen=0.4), promotion=promotion)
     plain = Bench(losses, rules, finalists=6)
     wanted = plain.run(plain.race())
     bench = Bench(losses, rules, finalists=6)
