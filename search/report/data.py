@@ -103,6 +103,7 @@ class FinalistFacts:
     budget: str
     trial: int
     plan: Plan
+    parameters: int
     schedule: Schedule
     loss_before: float
     loss_after: float | None
@@ -112,6 +113,12 @@ class FinalistFacts:
     state: State = "complete"
     measured: Mapping[float, float] = field(default_factory=dict)
     """Fidelity loss on the way, by the part of the schedule after which it was measured."""
+    cost: Cost | None = None
+    """What a forward pass takes, where it was measured."""
+
+    def amount(self, currency: Currency) -> int | None:
+        """What it costs in one currency; None where that was not measured."""
+        return _cost(self.parameters, self.cost, currency)
 
     @property
     def losses(self) -> dict[float, float]:

@@ -10,6 +10,7 @@ from search.report.canvas import POINTS, Drawing, Theme, axes, figure, label, le
 from search.report.choices import importance_drawings, parallel_drawings
 from search.report.data import Matrix, PictureRow, ReportData
 from search.report.history import history_drawing
+from search.report.judged import judged_drawings
 from search.report.pareto import pareto_drawings
 from search.report.plan_picture import plan_drawing
 from search.report.tiers import tier_drawings
@@ -27,6 +28,7 @@ def drawings(data: ReportData) -> list[Drawing]:
     made: list[Drawing] = []
     if data.pictures:
         made.append(_pictures(data))
+    made += judged_drawings(data)
     if any(trial.fidelity_loss is not None for trial in data.trials):
         made += [*pareto_drawings(data), history_drawing(data)]
     if any(_predicted(data, budget.label) for budget in data.budgets):

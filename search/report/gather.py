@@ -128,6 +128,7 @@ def _finalists(sweep: Sweep) -> tuple[FinalistFacts, ...]:
                 budget=recovery.budget,
                 trial=number,
                 plan=recovery.plan,
+                parameters=plan_parameters(recovery.plan, sweep.teacher.config),
                 schedule=recovery.schedule,
                 loss_before=recovery.loss_before,
                 loss_after=recovery.fidelity_loss,
@@ -136,6 +137,7 @@ def _finalists(sweep: Sweep) -> tuple[FinalistFacts, ...]:
                 chosen=prefix in chosen,
                 state=recovery.state,
                 measured={m.part: m.fidelity_loss for m in recovery.measured},
+                cost=confirmed(sweep, (recovery.plan, prefix)),
             )
         )
     return tuple(facts)

@@ -28,9 +28,19 @@ AXES: dict[Currency, str] = {
 
 def pareto_drawings(data: ReportData) -> list[Drawing]:
     """A figure for every cost among the objectives and the budgets that the trials have."""
+    return [_drawing(data, cost) for cost in costs_shown(data) if _shown(data, cost)]
+
+
+def costs_shown(data: ReportData) -> list[Currency]:
+    """The costs that were sought or bounded."""
     named = [o for o in data.objectives if o != "fidelity_loss"]
-    costs = dict.fromkeys([*named, *(budget.currency for budget in data.budgets)])
-    return [_drawing(data, cost) for cost in costs if _shown(data, cost)]
+    return list(dict.fromkeys([*named, *(budget.currency for budget in data.budgets)]))
+
+
+def whole_and_part(cost: float, whole: int | None, currency: Currency) -> str:
+    """A tick of an axis of costs: what it is, and which part of the teacher's."""
+    part = f"\n{percent(round(cost / whole, 2))}" if whole else ""
+    return amount(cost, currency) + part
 
 
 def _shown(data: ReportData, cost: Currency) -> list[TrialFacts]:
@@ -123,9 +133,7 @@ def _draw(data: ReportData, cost: Currency, front: Sequence[TrialFacts], theme: 
     whole = data.teacher.amount(cost)
     teacher = f" (teacher: {amount(whole, cost)})" if whole else ""
     label(ax, theme, AXES[cost] + teacher, "fidelity loss")
-    ax.xaxis.set_major_formatter(
-        lambda x, _: amount(x, cost) + (f"\n{percent(round(x / whole, 2))}" if whole else "")
-    )
+    ax.xaxis.set_major_formatter(lambda x, _: whole_and_part(x, whole, cost))
     ax.locator_params("x", nbins=5)
     legend(ax, theme)
     return drawn

@@ -88,8 +88,8 @@ def whole() -> ReportData:
             matrix, matrix, tuple((0.1 * (i + 1), 0.2) for i in range(BLOCKS)), ("early", "late")
         ),
         finalists=(
-            FinalistFacts("50pct", 0, HALF, SCHEDULE, 0.2, 0.03, 40.0, 0.92, chosen=True),
-            FinalistFacts("50pct", 1, HALF, SCHEDULE, 0.2, None, 8.0, state="failed"),
+            FinalistFacts("50pct", 0, HALF, 10**6, SCHEDULE, 0.2, 0.03, 40.0, 0.92, chosen=True),
+            FinalistFacts("50pct", 1, HALF, 10**6, SCHEDULE, 0.2, None, 8.0, state="failed"),
         ),
         teacher_scores=TEACHER_SCORES,
         pictures=(
@@ -128,7 +128,7 @@ def long() -> ReportData:
     )  # fmt: skip
     finalists = tuple(
         FinalistFacts(
-            "50pct", number, made[number], lengthened(number), 0.2 + number / 100,
+            "50pct", number, made[number], 10**6, lengthened(number), 0.2 + number / 100,
             None if number % 6 == 0 else 1 - number / 100, 40.0,
             state="stopped" if number % 6 == 0 else "complete",
             measured={0.25: 0.02 + abs(number % 6 - 2) / 100 + number / 1e4},

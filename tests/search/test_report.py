@@ -20,6 +20,7 @@ from search.report.choices import FEWEST_RANKED, importances, plans_of, schedule
 from search.report.data import BudgetFacts, FinalistFacts, ReportData, kept, tier_pairs
 from search.report.figures import drawings, spread
 from search.report.history import best_so_far, history_drawing
+from search.report.judged import judged_front
 from search.report.loading import loading
 from search.report.page import LARGEST_PICTURE, judge_table, picture_url, render, write_report
 from search.report.plan_picture import in_words, plan_drawing, plan_png, rows
@@ -210,6 +211,43 @@ def test_a_budget_of_latency_has_a_pareto_figure_without_being_an_objective() ->
     assert [d.name for d in drawings(only) if d.name.startswith("pareto")] == ["pareto-latency"]
 
 
+def judged() -> ReportData:
+    """Two finalists of one budget and one of another, all judged. Of the first two one draws
+    better and the other is closer to the teacher and faster."""
+    data = measured()
+    best, failed = data.finalists
+    closer = dataclasses.replace(
+        best, trial=2, loss_after=0.02, judge_score=0.9, chosen=False,
+        cost=Cost(latency=500, memory=2**20),
+    )  # fmt: skip
+    small = dataclasses.replace(
+        best, budget="33pct", trial=3, parameters=640_000, loss_after=0.3, judge_score=0.69,
+        cost=Cost(latency=600, memory=2**20),
+    )  # fmt: skip
+    best = dataclasses.replace(best, cost=Cost(latency=800, memory=2**20))
+    return dataclasses.replace(data, finalists=(best, failed, closer, small))
+
+
+def test_judged_students_are_shown_over_every_cost_with_those_that_none_beats() -> None:
+    data = judged()
+    found = {d.name: d for d in drawings(data) if d.name.startswith("judged")}
+    assert list(found) == ["judged-latency", "judged-memory", "judged"]
+    assert "3 judged students" in found["judged"].alt
+    assert "50%: 92% with 1.00M, published" in found["judged"].alt
+    assert "The teacher: 95%" in found["judged"].alt
+    assert found["judged"].png(LIGHT) != found["judged"].png(DARK)
+    assert "Judged students" in render(data)
+    # The small one is beaten in latency by one that draws better and is closer; parameters are not
+    # among what this sweep seeks.
+    assert {each.trial for each in judged_front(data)} == {0, 2}
+    sizes = dataclasses.replace(data, objectives=("fidelity_loss", "parameters"))
+    assert {each.trial for each in judged_front(sizes)} == {0, 2, 3}
+
+
+def test_one_judged_student_is_no_comparison() -> None:
+    assert not [d for d in drawings(whole()) if d.name.startswith("judged")]
+
+
 def test_without_a_judge_there_is_no_judge_table() -> None:
     data = whole()
     students = tuple(dataclasses.replace(student, scores=None) for student in data.students)
@@ -293,7 +331,7 @@ def test_tiers_are_compared_two_by_two() -> None:
 
 def test_schedules_of_one_plan_are_one_point_the_best_of_them() -> None:
     def ran(plan: Plan, after: float | None, budget: str = "50pct") -> FinalistFacts:
-        return FinalistFacts(budget, 0, plan, SCHEDULE, 0.2 + len(plan.blocks), after, 1.0)
+        return FinalistFacts(budget, 0, plan, 10**6, SCHEDULE, 0.2 + len(plan.blocks), after, 1.0)
 
     found = [ran(HALF, 0.05), ran(HALF, 0.03), ran(THIRD, 0.04), ran(THIRD, None, "33pct")]
     (pair,) = tier_pairs(found)
