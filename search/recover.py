@@ -6,10 +6,11 @@ search/racing.py. Here it is said what a run is made from, and what has come of 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     Field,
@@ -23,10 +24,10 @@ from pydantic import (
 
 from search.ranks import rank_correlation
 from search.samplers import Sampler
-from search.tiers import Candidate, Finalist, Promotion, Race, Rules, Run
+from search.tiers import Candidate, Choice, Finalist, Promotion, Race, Rules, Run
 from storage import layout
 from storage.digest import digest_json
-from storage.errors import EspalierError
+from storage.errors import EspalierError, MissingKey
 from storage.manifest import published, withdraw
 from storage.section import Section
 from storage.store import Store, StoreOptions
@@ -208,13 +209,24 @@ class Grounds:
 
     def name(self, candidate: Candidate) -> str:
         """A candidate's name in the storage: of all that decides what it becomes."""
-        finalist = candidate.finalist
+        made_from = self._made_from(candidate.finalist)
+        made_from["schedule"] = candidate.schedule.model_dump(mode="json")
+        return f"{candidate.finalist.rank}-{candidate.number}-{digest_json(made_from)}"
+
+    def proposed(self, finalist: Finalist) -> str:
+        """The key of what was chosen for a finalist's schedules: by all that decides it."""
+        made_from = self._made_from(finalist)
+        made_from["space"] = self.config.space.model_dump(mode="json")
+        made_from["sampler"] = self.config.sampler
+        name = f"{finalist.rank}-{digest_json(made_from)}"
+        return layout.proposed(self.sweep, finalist.budget, name)
+
+    def _made_from(self, finalist: Finalist) -> dict[str, JsonValue]:
         made_from: dict[str, JsonValue] = {
             "teacher": self.teacher.digest,
             "plan": finalist.plan.digest,
             "replacements": cast("JsonValue", [prefix for _, prefix in self._used(finalist.plan)]),
             "encoding": self.encoding,
-            "schedule": candidate.schedule.model_dump(mode="json"),
             "tiers": list(self.config.tiers),
             "probe": self.probe.model_dump(mode="json"),
             "seed": self.seed,
@@ -222,8 +234,7 @@ class Grounds:
         # What else a step says costs memory or time and changes nothing that is learned.
         learned = {"optimizer", "average", "spike", "rollbacks"}
         said = self.config.step.model_dump(mode="json", include=learned, exclude_defaults=True)
-        made_from |= {"step": said} if said else {}
-        return f"{finalist.rank}-{candidate.number}-{digest_json(made_from)}"
+        return made_from | ({"step": said} if said else {})
 
     def job(self, candidate: Candidate, tier: int) -> RecoveryJob:
         """What brings a candidate to the end of a tier."""
@@ -268,7 +279,9 @@ def steps_until(part: float, schedule: Schedule) -> int:
 
 
 class Book:
-    """The outcomes of runs: read from the store once, noted as they come in."""
+    """The outcomes of runs: read from the store once, noted as they come in. And what was chosen
+    for every schedule, since a run that broke off is tried again by a later attempt, which must
+    not turn what came after it into something else."""
 
     def __init__(self, grounds: Grounds) -> None:
         self._grounds = grounds
@@ -280,6 +293,22 @@ class Book:
         if (candidate, tier) not in self._known:
             self._known[candidate, tier] = self._read(candidate, tier)
         return self._known[candidate, tier]
+
+    def choices(self, finalist: Finalist) -> list[Choice]:
+        """What an earlier attempt chose for a finalist's schedules, as far as it came."""
+        try:
+            with self._grounds.store.read(self._grounds.proposed(finalist)) as body:
+                said: Any = json.load(body)
+            return [{str(name): value + 0 for name, value in choice.items()} for choice in said]
+        except MissingKey:
+            return []
+        except (ValueError, TypeError, AttributeError):
+            return []  # damaged; what follows from the outcomes is proposed again
+
+    def chose(self, finalist: Finalist, choices: Sequence[Choice]) -> None:
+        """Note what has been chosen so far."""
+        body = json.dumps([dict(choice) for choice in choices]).encode()
+        self._grounds.store.write(self._grounds.proposed(finalist), body)
 
     def ended(self, run: Run, broke: str = "its Ray Train job ended without an outcome") -> None:
         """A run has ended: with what it stored, or else it broke down."""
@@ -343,7 +372,7 @@ def recover_finalists(
     by_budget: dict[str, list[Finalist]] = {}
     for finalist in finalists:
         by_budget.setdefault(finalist.budget, []).append(finalist)
-    races = [Race(mine, rules, config.space, seed, book) for mine in by_budget.values()]
+    races = [Race(mine, rules, config.space, seed, book, book) for mine in by_budget.values()]
     if not all(race.done for race in races):
         from search.racing import run_races
 

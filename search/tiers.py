@@ -8,16 +8,16 @@ random order 1.1 to 1.25 times as many do. Its paper goes by who ended first, th
 proposed first. What a low tier misleads about is not guessed by hedging, as Hyperband's other
 brackets do, but measured: where its order and the order a tier above disagree, it is widened.
 Nothing here runs anything: what happens next follows from the stored outcomes alone, whatever the
-number of workers and after any interruption.
+number of workers and after any interruption; what was once chosen for a schedule stays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from search.ranks import rank_correlation
 from search.samplers import Sampler, make_sampler
@@ -71,6 +71,19 @@ class Run:
 
 Outcome = Callable[[Candidate, int], RecoveryOutcome | None]
 """What a candidate had come to at the end of a tier; None while it has not."""
+
+Choice = Mapping[str, float]
+"""What was chosen of a space of schedules, by name."""
+
+
+class Memory(Protocol):
+    """Keeps what was chosen for every finalist's schedules."""
+
+    def choices(self, finalist: Finalist) -> Sequence[Choice]:
+        """Those of an earlier attempt."""
+
+    def chose(self, finalist: Finalist, choices: Sequence[Choice]) -> None:
+        """All there are now."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +169,23 @@ class Lane:
     """The schedules of one finalist, each proposed by Optuna from how those before it did in the
     first tier."""
 
-    def __init__(self, finalist: Finalist, space: ScheduleSpace, rules: Rules, seed: int) -> None:
+    def __init__(
+        self,
+        finalist: Finalist,
+        space: ScheduleSpace,
+        rules: Rules,
+        seed: int,
+        memory: Memory | None,
+    ) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.finalist, self.count = finalist, rules.schedules
         self._sampler = rules.sampler
-        self._space, self._seed = space, seed
+        self._space, self._seed, self._memory = space, seed, memory
         self._study = optuna.create_study(direction="minimize")
-        self._study.enqueue_trial(space.middle())
+        self._chosen: list[Choice] | None = None
+        """By an earlier attempt; None before that was looked up."""
         self._asked: optuna.Trial | None = None
         self.candidates: list[Candidate] = []
         """Proposed so far."""
@@ -188,12 +209,19 @@ class Lane:
 
     def _propose(self) -> None:
         number = len(self.candidates)
+        if self._chosen is None:
+            self._chosen = list(self._memory.choices(self.finalist)) if self._memory else []
+        given = [self._space.middle(), *self._chosen[1:]]
+        if number < len(given):
+            self._study.enqueue_trial(dict(given[number]))
         mixed = digest_json([self._seed, self.finalist.budget, self.finalist.rank, number])
         self._study.sampler = make_sampler(self._sampler, seed=int(mixed[:8], 16), startup=3)
         self._asked = self._study.ask(distributions(self._space))
         choice = self._asked.params
         schedule, chosen = self._space.schedule(choice), tuple(choice.items())
         self.candidates.append(Candidate(self.finalist, number, schedule, chosen))
+        if self._memory is not None and number >= max(1, len(self._chosen)):
+            self._memory.chose(self.finalist, [dict(each.choice) for each in self.candidates])
 
     def _tell(self, outcome: RecoveryOutcome) -> None:
         from optuna.trial import TrialState
@@ -219,6 +247,7 @@ class Race:
         space: ScheduleSpace,
         seed: int,
         outcome: Outcome,
+        memory: Memory | None = None,
     ) -> None:
         """`finalists`, best first, may be more than `rules` lets in; the others are a reserve."""
         self.budget = finalists[0].budget
@@ -228,7 +257,7 @@ class Race:
         halts = rules.promoted(self._count) < self._count
         self.tiers: tuple[int, ...] = tuple(range(0 if halts else rules.tiers - 1, rules.tiers))
         """Numbers of the tiers that are run, of those there are."""
-        self._lanes = [Lane(f, space, rules, seed) for f in finalists]
+        self._lanes = [Lane(f, space, rules, seed, memory) for f in finalists]
         self._taken: set[Run] = set()
 
     @property

@@ -35,7 +35,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # Small objects that are written one by one, without a manifest; and the copies of the best models,
 # which lose theirs while they are replaced and keep what both have, however old: whoever replaces
 # one mends what another left.
-_BY_THEMSELVES = re.compile(r"(registry|studies|best)/|sweeps/[^/]+/(stages|search|confirmed)/")
+_BY_THEMSELVES = re.compile(
+    r"(registry|studies|best)/|sweeps/[^/]+/(stages|search|confirmed|proposed)/"
+)
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/([^/]+)/([^/]+))/checkpoints/step-\d+$")
 # Before sweeps had checkpoints of their own there was no name between.
 _TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/([^/]+/)?step-\d+$")

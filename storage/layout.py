@@ -91,6 +91,11 @@ def search(name: str) -> str:
     return f"{sweep(name)}/search"
 
 
+def proposed(name: str, budget: str, finalist: str) -> str:
+    """What was chosen for the schedules of one finalist, in order: one object."""
+    return f"{sweep(name)}/proposed/{_name(budget)}/{_name(finalist)}.json"
+
+
 def recovery(name: str, budget: str, trial: str) -> str:
     """One recovery of one finalist; `budget` is the budget's label."""
     return f"{sweep(name)}/recovery/{_name(budget)}/{_name(trial)}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from search.tiers import Candidate, Finalist, Race, Rules, Run
+from search.tiers import Candidate, Choice, Finalist, Race, Rules, Run
 from trainers.schedule import PhaseSpace, Schedule, ScheduleSpace
 from trainers.students.plan import BlockPlan, Plan
 from trainers.worker import RecoveryOutcome
@@ -36,11 +36,18 @@ class Bench:
     rules: Rules
     finalists: int = 1
     outcomes: dict[tuple[Candidate, int], RecoveryOutcome] = field(default_factory=dict)
+    chosen: dict[Finalist, Sequence[Choice]] = field(default_factory=dict)
     ran: list[tuple[int, int, int]] = field(default_factory=list)
     """Rank, number and tier of what ran, in order of ending."""
 
     def race(self, seed: int = 0) -> Race:
-        return Race(finalists(self.finalists), self.rules, SPACE, seed, self.outcome)
+        return Race(finalists(self.finalists), self.rules, SPACE, seed, self.outcome, self)
+
+    def choices(self, finalist: Finalist) -> Sequence[Choice]:
+        return self.chosen.get(finalist, ())
+
+    def chose(self, finalist: Finalist, choices: Sequence[Choice]) -> None:
+        self.chosen[finalist] = choices
 
     def outcome(self, candidate: Candidate, tier: int) -> RecoveryOutcome | None:
         return self.outcomes.get((candidate, tier))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from search.recover import (
 )
 from search.tiers import Candidate, Finalist, Run
 from storage import layout
+from storage.garbage import find_garbage
 from storage.manifest import publish, published, read_json, withdraw
 from storage.store import Store, StoreOptions, open_store
 from storage.tensors import save_tensors
@@ -237,6 +238,23 @@ def test_only_a_run_that_left_no_outcome_has_broken_off(
     assert found.failed == "its process was lost"
     # Whoever comes next tries it again.
     assert Book(grounds)(candidate, 1) is None
+
+
+def test_what_was_chosen_for_schedules_is_kept(tiny_pipeline: Path, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    grounds = grounds_of(tiny_pipeline, store)
+    finalist = candidate_of(grounds).finalist
+    assert Book(grounds).choices(finalist) == []
+    choices = [grounds.config.space.middle(), {"phases[0].steps": 7, "phases[0].lr": 1e-3 / 3}]
+    Book(grounds).chose(finalist, choices)
+    assert Book(grounds).choices(finalist) == choices
+    # Of another sampler, or anything else that decides them, they say nothing.
+    config = grounds.config.model_copy(update={"sampler": "gp"})
+    assert Book(replace(grounds, config=config)).choices(finalist) == []
+    for damaged in (b"[{", b"{}x", b"3", b'[{"lr": "x"}]', b"\xff"):
+        store.write(grounds.proposed(finalist), damaged)
+        assert Book(grounds).choices(finalist) == []
+    assert not find_garbage(store, 0)
 
 
 def test_a_student_that_somebody_removed_is_recovered_again(

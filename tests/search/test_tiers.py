@@ -24,9 +24,8 @@ def test_a_finalist_s_first_schedule_is_in_the_middle_and_all_are_within_the_ran
 
 
 def test_races_of_other_seeds_explore_elsewhere() -> None:
-    bench = Bench(lambda *_: 0.3, one_tier(2))
-    one = schedules(bench.run(bench.race(seed=1)))
-    two = schedules(bench.run(bench.race(seed=2)))
+    benches = [Bench(lambda *_: 0.3, one_tier(2)) for _ in range(2)]
+    one, two = (schedules(b.run(b.race(seed=seed))) for seed, b in enumerate(benches))
     assert one[0] == two[0]
     assert one[1] != two[1]
 
@@ -51,6 +50,29 @@ def test_a_failed_run_does_not_stop_its_race() -> None:
     race = bench.run(bench.race())
     assert race.done
     assert race.best == 0.2
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_a_run_that_comes_through_at_last_changes_no_schedule_that_came_after_it(
+    remembers: bool,
+) -> None:
+    """It broke off, which is no outcome that is kept: the next attempt runs it again."""
+    broke: set[int] = {1, 4}
+
+    def losses(_: int, number: int, tier: int) -> float | None:
+        return None if number in broke else 0.1 + 0.01 * (number * 7 % 5)
+
+    bench = Bench(losses, one_tier(9))
+    first = bench.run(bench.race(), most=7).candidates
+    for candidate in first:
+        if candidate.number in broke:
+            del bench.outcomes[candidate, 0]
+    broke.clear()
+    if not remembers:
+        bench.chosen.clear()
+    again = bench.run(bench.race())
+    assert (again.candidates[:8] == first) == remembers
+    assert len(bench.ran) == 7 + 2 + 2 or not remembers  # nothing else is done twice
 
 
 def test_when_all_that_went_on_failed_the_next_best_go_on() -> None:
