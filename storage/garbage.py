@@ -36,7 +36,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # which lose theirs while they are replaced and keep what both have, however old: whoever replaces
 # one mends what another left.
 _BY_THEMSELVES = re.compile(
-    r"(registry|studies|best)/|sweeps/[^/]+/(stages|search|confirmed|proposed)/"
+    r"(registry|studies|best)/|sweeps/[^/]+/(stages|search|confirmed|proposed|leases)/"
 )
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/([^/]+)/([^/]+))/checkpoints/step-\d+$")
 # Before sweeps had checkpoints of their own there was no name between.

@@ -66,6 +66,11 @@ def sweep(name: str) -> str:
     return f"sweeps/{_name(name)}"
 
 
+def leases(name: str) -> str:
+    """Who is running a sweep now."""
+    return f"{sweep(name)}/leases"
+
+
 def stage(name: str, stage: str) -> str:
     """One finished stage of a sweep: its seconds, its cost, what it made."""
     return f"{sweep(name)}/stages/{_name(stage)}"

@@ -92,6 +92,8 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
     from cluster.live import choose_mode, live_view
     from search.stages import run_stage, skip_stage
     from search.tracking.track import Trackers
+    from storage import layout
+    from storage.lease import holding
 
     trackers = Trackers(opened)
     due = [stage for stage in stages if stage.state(opened) != "done"]
@@ -102,6 +104,9 @@ def run_stages(opened: Sweep, stages: Sequence[Stage], as_json: bool) -> None:
     opened.claim()
     joined = ran = False
     with ExitStack() as stack:
+        if due:
+            place = layout.leases(opened.name)
+            stack.enter_context(holding(opened.store, place, f"sweep {opened.name}"))
         names = [stage.name for stage in stages]
         view = stack.enter_context(live_view(choose_mode(as_json), names))
         for stage in stages:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,9 @@ from cluster.cli.run import run_stages
 from cluster.configfile import keys_of
 from search.config import SweepConfig
 from search.stages import STAGES, stage_named, stages_of
+from storage import layout
 from storage.errors import EspalierError
+from storage.lease import holding
 from tests.cluster.verbs import commands
 from tests.hub import COMMIT, Hub
 from trainers.placement import PlacementError
@@ -373,6 +376,19 @@ def test_an_output_that_is_a_folder_is_told(tmp_path: Path, tiny_pipeline: Path)
     done = espalier("generate", tiny_pipeline, *prompt, "--out", tmp_path / "out.png")
     assert done.exit_code == 1
     assert "out.png: Is a directory" in done.stderr
+
+
+def test_a_sweep_that_is_being_run_is_not_run_twice(tmp_path: Path, tiny_pipeline: Path) -> None:
+    path = sweep_file(tmp_path, tiny_pipeline)
+    sweep = open_config(path, [])
+    with holding(sweep.store, layout.leases(sweep.name), "sweep tiny"):
+        for command in ("sweep", "encode"):
+            done = espalier(command, path)
+            assert done.exit_code == 1
+            assert f"sweep tiny: process {os.getpid()} on " in done.output
+            assert "is running it; wait until that has ended, or stop it" in done.output
+        assert espalier("status", path).exit_code == 0
+    assert not list(sweep.store.keys(layout.leases(sweep.name)))
 
 
 def test_a_budget_below_every_plan_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:
