@@ -79,8 +79,8 @@ class LibraryConfig(TrainingConfig):
     worker fails alone."""
 
     timeout: PositiveFloat = 1800.0
-    """Seconds that a step may take, or what is done before the first and after the last; a worker
-    that takes longer hangs, and counts as lost."""
+    """Seconds that a step may take, or what is done before the first and after the last, the
+    loading of the teacher among it; a worker that takes longer hangs, and counts as lost."""
 
     @property
     def training(self) -> TrainingConfig:

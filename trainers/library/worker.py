@@ -41,8 +41,15 @@ class LibraryWorker:
         share: Share,
     ) -> None:
         """`sweep`: the name of the one whose checkpoints these are."""
+        import faulthandler
+
         from trainers.data.latents import open_latents
 
+        def alive() -> None:
+            # Nobody else can tell loading that hangs from a machine that has yet to come.
+            faulthandler.dump_traceback_later(config.timeout, exit=True)
+
+        alive()
         share.prepare()
         # Not `teacher` as it was sent: another may lie at its address by now.
         teacher = open_very_teacher(teacher.address, teacher.digest, teacher.options)
@@ -50,10 +57,11 @@ class LibraryWorker:
         self._config, self._seed, self._sweep = config, seed, sweep
         self._family = teacher.family
         self._teacher = teacher.transformer(device=share.device)
-        self._latents: Latents = open_latents(self._store, encoding)
+        self._latents: Latents = open_latents(self._store, encoding, alive=alive)
         self._probe: FidelityProbe = shared_probe(
             self._store, teacher, self._teacher, self._latents, encoding, probe, seed
         )
+        faulthandler.cancel_dump_traceback_later()
         self._steps: list[int] = []
         self._going = threading.Event()
 
