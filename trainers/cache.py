@@ -3,13 +3,15 @@
 They lie under $XDG_CACHE_HOME/espalier (~/.cache/espalier), may be deleted at any time, and are
 verified against their manifest once, and again whenever a file's size or time of change differs: to
 read an encoding of terabytes anew for every process would take longer than to train on it.
-Processes that need the same files at once fetch them once.
+Processes that need the same files at once fetch them once. Where a disk has no room for more, what
+was not asked for in a week gives way, the longest unused first.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -22,6 +24,12 @@ from storage.errors import EspalierError, MissingKey
 from storage.manifest import Manifest, fetch, hidden, is_copy, published
 from storage.store import Store
 from storage.urls import folder_name
+
+IDLE = 7 * 24 * 3600.0
+"""Seconds that a copy must not have been asked for before it may give way to another: whoever asked
+for it may still read it."""
+
+_VERIFIED = ".verified"
 
 
 class CacheError(EspalierError):
@@ -53,7 +61,7 @@ def local_copy(
             lock = FileLock(folder.with_name(f".{folder.name}.lock"))
             try:
                 with lock.acquire(timeout=0):
-                    _make_room(folder, manifest)
+                    _make_room(folder, manifest, cache)
                     fetch(store, prefix, folder, manifest)
                     _remember(folder, manifest)
                     break
@@ -65,6 +73,8 @@ def local_copy(
             f"{folder}: {store.url}/{prefix} cannot be copied there ({error.strerror or error}); "
             "make room, or set XDG_CACHE_HOME to a folder on another disk"
         ) from error
+    with suppress(OSError):  # what tells who has to give way
+        os.utime(_note(folder))
     return folder
 
 
@@ -85,7 +95,7 @@ def _remember(folder: Path, manifest: Manifest) -> None:
 
 
 def _note(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.verified")
+    return folder.with_name(f".{folder.name}{_VERIFIED}")
 
 
 def _state(folder: Path, manifest: Manifest) -> str:
@@ -97,12 +107,34 @@ def _state(folder: Path, manifest: Manifest) -> str:
     return digest_json(found)
 
 
-def _make_room(folder: Path, manifest: Manifest) -> None:
-    """Remove what killed processes have left; OSError without room for what is missing."""
+def _make_room(folder: Path, manifest: Manifest, cache: Path) -> None:
+    """Remove what killed processes have left, and what nobody needs where there is no room; OSError
+    without room for what is missing."""
     for file in (folder / name for name in manifest.files):
         for left in file.parent.glob(f"{escape(hidden(file.name))}*"):
             left.unlink()
     missing = sum(e.size for name, e in manifest.files.items() if not (folder / name).is_file())
+    if missing > shutil.disk_usage(folder).free:
+        for idle in _idle(cache):
+            _discard(idle)
+            if missing <= shutil.disk_usage(folder).free:
+                break
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise OSError(f"{missing / 2**30:.1f} GiB are missing, {free / 2**30:.1f} GiB are free")
+
+
+def _idle(cache: Path) -> list[Path]:
+    """The copies that may give way, the longest unused first."""
+    notes = [(note.stat().st_mtime, note) for note in cache.rglob(f".*{_VERIFIED}")]
+    names = ((note, note.name[1:].removesuffix(_VERIFIED)) for used, note in sorted(notes)
+             if time.time() - used > IDLE)  # fmt: skip
+    return [note.with_name(name) for note, name in names]
+
+
+def _discard(copy: Path) -> None:
+    """Remove a copy unless somebody is at it."""
+    lock = FileLock(copy.with_name(f".{copy.name}.lock"))
+    with suppress(Timeout), lock.acquire(timeout=0):
+        _note(copy).unlink(missing_ok=True)
+        shutil.rmtree(copy, ignore_errors=True)

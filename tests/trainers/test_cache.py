@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -67,6 +68,31 @@ def test_without_room_it_says_where_and_how_much(store, tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.cache.shutil.disk_usage", lambda _: usage)
     with pytest.raises(CacheError, match=r"cache.*some/thing.*0\.0 GiB are free.*XDG_CACHE_HOME"):
         local_copy(store, "some/thing", cache=tmp_path / "cache")
+
+
+def test_where_there_is_no_room_what_was_long_unused_gives_way(store, tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    old, older, fresh = (f"other/{name}" for name in ("old", "older", "fresh"))
+    folders = {}
+    for prefix, days in ((old, 8), (older, 9), (fresh, 6)):
+        publish(store, prefix, {"a.bin": os.urandom(2**20)})
+        folders[prefix] = local_copy(store, prefix, cache=root)
+        (note,) = folders[prefix].parent.glob(f".{folders[prefix].name}.verified")
+        used = time.time() - days * 24 * 3600
+        os.utime(note, (used, used))
+
+    def usage(_: Path) -> shutil._ntuple_diskusage:
+        used = sum(file.stat().st_size for file in root.rglob("*.bin"))
+        return shutil._ntuple_diskusage(6 * 2**20, used, 6 * 2**20 - used)
+
+    monkeypatch.setattr("trainers.cache.shutil.disk_usage", usage)
+    publish(store, "one/more", {"a.bin": os.urandom(4 * 2**20)})
+    assert local_copy(store, "one/more", cache=root).is_dir()  # one MiB too large
+    assert {prefix for prefix, folder in folders.items() if folder.exists()} == {old, fresh}
+    local_copy(store, old, cache=root)  # which is used again by this
+    with pytest.raises(CacheError, match="make room"):
+        local_copy(store, "some/thing", cache=root)
+    assert {prefix for prefix, folder in folders.items() if folder.exists()} == {old, fresh}
 
 
 def test_a_cache_that_cannot_be_written_is_named(store, tmp_path):
