@@ -67,8 +67,8 @@ class RecoverConfig(Section):
 
     promotion: Promotion = "halving"
     """Whether a tier waits for all its candidates before the better ones go on (`halving`), or
-    they go on while others still run (`asha`): a few more do, and no worker waits, which pays where
-    `concurrent` is more than the recoveries that one tier of one budget has left."""
+    they go on while others still run (`asha`): more do, since later schedules are mostly better,
+    and no worker waits; for when `concurrent` is more than what a tier has left at its end."""
 
     widen: Annotated[float, Field(ge=-1, le=1)] = 0.4
     """Rank correlation of two neighbouring tiers below which the lower one misleads: as many
