@@ -3,10 +3,11 @@
     make bench-checkpoint
 
 Ranks are processes of equal shards. In turns, several times: raw multipart puts of as many bytes,
-a checkpoint, raw puts again; raw ranged gets, a restore, raw gets again. Each is held against the
-mean of the raw ones around it. Prints one JSON object; ratios are medians over the turns, and one
-is of the seconds that client and server together computed: on a machine whose cores are all busy
-nothing else decides, and other work on it does not count there.
+a checkpoint, raw puts again; then, several times since they are short, raw ranged gets, a restore,
+raw gets again. Each is held against the mean of the raw ones around it. Prints one JSON object;
+ratios are medians over the turns, and one is of the seconds that client and server together
+computed: on a machine whose cores are all busy nothing else decides, and other work on it does not
+count there.
 
 A virtual machine's host takes back memory that lies free and gives it again page by page, at up to
 four seconds of the server's a GiB, to whoever writes there first. So before each part as much
@@ -22,7 +23,9 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -50,6 +53,7 @@ def main() -> None:
     arguments.add_argument("--ranks", type=int, default=1)
     arguments.add_argument("--turns", type=int, default=3)
     arguments.add_argument("--served", type=Path, default=Path("/dev/shm"), help="where to keep it")
+    arguments.add_argument("--gets", type=int, default=3, help="restores a turn")
     options = arguments.parse_args()
     with (
         tempfile.TemporaryDirectory(dir=options.served) as folder,
@@ -83,7 +87,7 @@ def run_rank(
 ) -> None:
     import torch
 
-    from storage.checkpoint import Checkpoint, Saver, latest_checkpoint
+    from storage.checkpoint import Saver, latest_checkpoint
 
     torch.set_num_threads(1)
     store = open_store(url)
@@ -94,45 +98,50 @@ def run_rank(
     held = {name: torch.randn(rows, 4096) for name in names}
     size = sum(tensor.nbytes for tensor in held.values())
     parts = [os.urandom(_PART) for _ in range(size // _PART)]
-    saver = Saver(store, "run", rank=rank, world=options.ranks, keep=1)
-    turns: list[dict[str, float]] = []
-    for turn in range(1 + options.turns):  # the first opens connections and files
-        seconds: dict[str, float] = {}
+    # Held while a checkpoint is staged, so that what staging and sending take is told apart.
+    sending = threading.Lock()
+    saver = Saver(store, "run", rank=rank, world=options.ranks, keep=1, turn=sending)
+    found: dict[str, list[float]] = defaultdict(list)
 
-        def timed(
-            name: str, act: Callable[[], object], seconds: dict[str, float] = seconds
-        ) -> None:
-            if rank == 0 and name != "upload":  # which goes on from the staging at once
-                touch(options.served, 2 * options.ranks * size)
-            barrier.wait()
-            before, computed = reset_peak(), cpu_seconds(computing)
-            started = time.perf_counter()
-            act()
-            barrier.wait()  # as long as the last rank
-            seconds[name] = time.perf_counter() - started
-            seconds[f"{name}_cpu"] = cpu_seconds(computing) - computed
-            seconds[f"{name}_memory"] = peak() - before
+    def timed(name: str, act: Callable[[], object]) -> None:
+        if rank == 0:
+            touch(options.served, 2 * options.ranks * size)
+        barrier.wait()
+        before, computed = reset_peak(), cpu_seconds(computing)
+        started = time.perf_counter()
+        act()
+        barrier.wait()  # as long as the last rank
+        found[name].append(time.perf_counter() - started)
+        found[f"{name}_cpu"].append(cpu_seconds(computing) - computed)
+        found[f"{name}_memory"].append(peak() - before)
 
+    def upload() -> None:
+        sending.release()
+        saver.finish()
+
+    def restore(into: dict[str, torch.Tensor]) -> None:
+        latest_checkpoint(store, "run", lambda checkpoint: checkpoint.tensors.fill(into))
+
+    for turn in range(1 + options.turns):
         timed("raw_put", lambda: raw_put(store, f"raw/{rank}", parts))
         blocked = saver.blocked
+        sending.acquire()
         timed("stage", partial(saver.save, turn, {}, {"turn": turn}, own=held))
-        seconds["blocked"] = saver.blocked - blocked
-        timed("upload", saver.finish)
+        found["blocked"].append(saver.blocked - blocked)
+        timed("upload", upload)
         timed("raw_put_after", lambda: raw_put(store, f"raw/{rank}", parts))
         # Written, since pages that nobody has touched would be made during the restore.
         into = {name: torch.full((rows, 4096), math.nan) for name in names}
-        timed("raw_get", lambda: raw_get(store, f"raw/{rank}", size))
 
-        def load(checkpoint: Checkpoint, into: dict[str, torch.Tensor] = into) -> None:
-            checkpoint.tensors.fill(into)
-
-        timed("restore", lambda: latest_checkpoint(store, "run", load))
-        timed("raw_get_after", lambda: raw_get(store, f"raw/{rank}", size))
-        assert all(torch.equal(held[name], into[name]) for name in names)
+        for _ in range(options.gets):
+            timed("raw_get", lambda: raw_get(store, f"raw/{rank}", size))
+            timed("restore", partial(restore, into))
+            timed("raw_get_after", lambda: raw_get(store, f"raw/{rank}", size))
+            assert all(torch.equal(held[name], into[name]) for name in names)
         del into
-        if turn:
-            turns.append(seconds)
-    results.put({"bytes": size, "turns": turns})
+        if not turn:  # which opened connections and files
+            found.clear()
+    results.put({"bytes": size, "found": dict(found)})
 
 
 def touch(folder: Path, size: int) -> None:
@@ -204,14 +213,13 @@ def summary(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
     size = sum(rank["bytes"] for rank in ranks)
 
     def each(name: str) -> Iterator[float]:
-        for turn in range(options.turns):
-            yield max(rank["turns"][turn][name] for rank in ranks)
+        return map(max, zip(*(rank["found"][name] for rank in ranks), strict=True))
 
     def around(name: str) -> Iterator[float]:
         return ((a + b) / 2 for a, b in zip(each(name), each(f"{name}_after"), strict=True))
 
     def computed(name: str) -> float:
-        return sum(sum(turn[f"{name}_cpu"] for turn in rank["turns"]) for rank in ranks)
+        return sum(statistics.mean(rank["found"][f"{name}_cpu"]) for rank in ranks)
 
     def middle(values: Iterator[float]) -> float:
         return round(statistics.median(values), 3)
@@ -237,10 +245,11 @@ def summary(ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[st
         "ranks": len(ranks),
         "gib_a_rank": round(size / len(ranks) / 2**30, 2),
         "turns": options.turns,
+        "gets_a_turn": options.gets,
         "mib_a_second": {n: rate(around(n)) for n in ("raw_put", "raw_get")}
         | {n: rate(each(n)) for n in ("upload", "restore", "stage")},
         "cpu_seconds_a_gib": {
-            name: round(computed(name) / options.turns / size * 2**30, 2)
+            name: round(computed(name) / size * 2**30, 2)
             for name in (
                 "raw_put",
                 "upload",
