@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 # store together, and one more for each upload.
 _PART = 16 * 2**20
 _IN_FLIGHT = 6
-# Objects up to this size are read by one request, larger ones piece by piece.
+# What is read of an object to learn its size; objects up to the next are read by one more request,
+# larger ones piece by piece.
+_SMALL = 2**20
 _WHOLE = 32 * 2**20
 _PIECE = 8 * 2**20
 # The most of an answer that is copied at a time.
@@ -143,8 +145,15 @@ class S3Store:
 
     def read(self, key: str) -> BinaryIO:
         name = self._name(key)
+
+        def begin() -> tuple[int, bytes]:
+            return cast("tuple[int, bytes]", sync(self._files.loop, self._beginning, name))
+
+        # Most of what is read whole is a small manifest or state: one request, not two.
         with self._translated(key):
-            size = int(self._call("head_object", Key=name)["ContentLength"])
+            size, first = retried(begin, _passes, _PATIENCE)
+        if len(first) == size:
+            return io.BytesIO(first)
         if size <= _WHOLE:
             content = bytearray(size)
             return io.BytesIO(content[: self.read_into(key, 0, memoryview(content))])
@@ -165,6 +174,22 @@ class S3Store:
             return 0  # there is no empty range in HTTP
         with self._translated(key):
             return retried(read, _passes, _PATIENCE)
+
+    async def _beginning(self, name: str) -> tuple[int, bytes]:
+        """The size of an object, and as much of it as one small request brings."""
+        try:
+            answer = await self._files._call_s3(
+                "get_object", Bucket=self._bucket, Key=name, Range=f"bytes=0-{_SMALL - 1}"
+            )
+        except OSError as error:
+            if _code(error) == "InvalidRange":
+                return 0, b""  # an empty object has no range
+            raise
+        async with answer["Body"] as body:
+            content: bytes = await body.read()
+        # "bytes 0-1048575/5242880"; without one it is the whole object.
+        whole = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+        return int(whole), content
 
     async def _receive(self, name: str, start: int, buffer: memoryview) -> int:
         """Copy an answer into the buffer as it comes in: s3fs would put it together first."""

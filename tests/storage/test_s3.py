@@ -78,7 +78,24 @@ def test_an_upload_that_somebody_ended_is_told_as_that(s3_url):
     assert list(store.keys("")) == []
 
 
+@pytest.mark.parametrize(("size", "requests"), [(0, 1), (99, 1), (100, 1), (101, 2), (1000, 2)])
+def test_a_small_object_takes_one_request(s3_url, monkeypatch, size, requests):
+    monkeypatch.setattr("storage.s3._SMALL", 100)
+    store = open_store(s3_url)
+    body = bytes(range(250)) * 4
+    store.write("key", body[:size])
+    sent = []
+    call = store._files._call_s3
+    monkeypatch.setattr(
+        store._files, "_call_s3", lambda *given, **more: sent.append(given) or call(*given, **more)
+    )
+    with store.read("key") as stream:
+        assert stream.read() == body[:size]
+    assert len(sent) == requests
+
+
 def test_a_large_object_takes_few_requests(s3_url, monkeypatch):
+    monkeypatch.setattr("storage.s3._SMALL", 100)
     monkeypatch.setattr("storage.s3._WHOLE", 1000)
     monkeypatch.setattr("storage.s3._PIECE", 10_000)
     store = open_store(s3_url)
