@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,15 +36,13 @@ from trainers.optimizer import (
     squared_norm,
 )
 from trainers.schedule import NOTHING_REPLACED, Phase, Schedule, StepConfig
+from trainers.spikes import RECENT, is_spike
 from trainers.students.families.base import Inputs, State
 
 Mean = Callable[[Tensor], Tensor]
 """The mean of a tensor over all ranks; every rank calls it equally often."""
 
 _OPTIMIZER = "optimizer/"
-_RECENT = 20
-"""Steps of a phase before it that a loss is held against."""
-
 _GROUP = 8
 """Batches of which the teacher's answers are held when each is used several times: far enough apart
 for a step not to learn from what the one before it saw."""
@@ -171,7 +168,7 @@ def recover(
                 raise ValueError(f"{at} is inside a phase: the optimizer's tensors are needed")
             restore_optimizer(student, optimizer, optimizer_tensors)
         source = examples(number, phase, at.step)
-        recent = deque(past[len(past) - min(at.step, len(past)) :], maxlen=_RECENT)
+        recent = deque(past[len(past) - min(at.step, len(past)) :], maxlen=RECENT)
         while at.phase == number and at.done(schedule) < until:
             set_rate(optimizer, rate * phase.lr * rate_at(at.step, phase.steps, phase.warmup))
             loss = train_step(student, teacher, next(source), phase, optimizer, mean)
@@ -180,10 +177,10 @@ def recover(
                     f"phase {number} ({phase.loss}), step {at.step}: the loss or its gradient is "
                     f"not finite; lower recover.space.phases[{number}].lr"
                 )
-            if spike and len(recent) == _RECENT and loss > spike * statistics.median(recent):
+            if spike and is_spike(loss, recent, spike):
                 raise LossSpikeError(
                     f"phase {number} ({phase.loss}), step {at.step}: the loss rose to {loss:.3g}, "
-                    f"over {spike:g} times the median of the {_RECENT} steps before it; lower "
+                    f"over {spike:g} times the median of the {RECENT} steps before it; lower "
                     f"recover.space.phases[{number}].lr"
                 )
             recent.append(loss)

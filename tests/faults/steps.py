@@ -18,6 +18,7 @@ from typing import Any
 
 FOLDER = "ESPALIER_TEST_STEPS"
 _SPOIL = "spoil"
+_SPOIL_LIBRARY = "spoil-library"
 _HOLD = "hold"
 
 
@@ -33,9 +34,12 @@ def note_steps() -> None:
     import torch.distributed
 
     from trainers import recovery
+    from trainers.library import train as library
 
     taken, stepped = recovery.recover, recovery.train_step
-    spoil, hold = (Path(os.environ[FOLDER]) / name for name in (_SPOIL, _HOLD))
+    names = (_SPOIL, _SPOIL_LIBRARY, _HOLD)
+    spoil, spoil_library, hold = (Path(os.environ[FOLDER]) / name for name in names)
+    replaced = library._backward
 
     def train_step(student: Any, teacher: Any, example: Any, phase: Any, *rest: Any) -> float:
         optimizer, mean = rest
@@ -62,12 +66,27 @@ def note_steps() -> None:
 
             taken(student, teacher, examples, schedule, at, report=report, **rest)
 
+    def backward(*arguments: Any, **named: Any) -> Any:
+        loss = replaced(*arguments, **named)
+        mine = spoil_library.with_suffix(f".{os.getpid()}")
+        try:
+            spoil_library.rename(mine)  # the first of the workers to see it
+        except FileNotFoundError:
+            return loss
+        return loss * float(mine.read_text())
+
     recovery.recover, recovery.train_step = recover, train_step
+    library._backward = backward
 
 
 def spoil_a_step(folder: Path, factor: float) -> None:
     """The loss of the next step that a first rank takes is so many times what it was."""
     _say(folder / _SPOIL, str(factor))
+
+
+def spoil_a_replacement(folder: Path, factor: float) -> None:
+    """The loss of the next step of any replacement is so many times what it was."""
+    _say(folder / _SPOIL_LIBRARY, str(factor))
 
 
 def hold_steps(folder: Path, workers: int) -> None:

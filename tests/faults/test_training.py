@@ -18,7 +18,7 @@ from storage.manifest import read_json
 from storage.store import Store, open_store
 from tests.faults.conftest import Row
 from tests.faults.proxy import altered
-from tests.faults.steps import attempts, probing, spoil_a_step
+from tests.faults.steps import attempts, probing, spoil_a_replacement, spoil_a_step
 from tests.faults.test_storage import everything_is_published
 from tests.faults.tiny_recovery import prepare, recover_tiny
 from tests.nodes import ROOT
@@ -35,6 +35,8 @@ from tests.trainers.library.setting import (
 )
 from tests.trainers.library.setting import checkpoints as checkpoints_of_library
 from tests.trainers.small import local_ray
+from trainers.library.library import LOSSES as BLOCK_LOSSES
+from trainers.library.library import read_meta
 from trainers.library.workers import train_library
 from trainers.teacher import Teacher, open_teacher
 from trainers.worker import LOSSES, load_student
@@ -136,6 +138,55 @@ def test_a_step_is_spoiled(
     assert checkpoints(store) == []
     everything_is_published(store)
     row(f"step whose loss {loss}", "back to a checkpoint, on at half the rate")
+
+
+@dataclass
+class SpoilsReplacement:
+    """Spoils a step of some replacement, when all have taken some tens of steps."""
+
+    steps: Path
+    factor: float
+    done: bool = False
+
+    def update(self, done: int, total: int, **facts: float | str) -> None:
+        if not self.done and done >= total // 2:
+            spoil_a_replacement(self.steps, self.factor)
+            self.done = True
+
+
+@pytest.mark.parametrize(
+    ("factor", "loss"), [(math.nan, "is not finite"), (1e4, "rises 10,000 times")]
+)
+def test_a_step_of_a_replacement_is_spoiled(
+    s3_url: str,
+    tmp_path: Path,
+    teacher: Teacher,
+    steps: Path,
+    row: Row,
+    factor: float,
+    loss: str,
+) -> None:
+    alone, store = open_store(str(tmp_path / "alone")), open_store(s3_url)
+    for where, progress in ((alone, None), (store, SpoilsReplacement(steps, factor))):
+        put_latents(where)
+        report = train_library(
+            teacher, MANY, where, ENCODING, LONG, SWEEP, probe=PROBE, workers=2, progress=progress
+        )
+        assert report.failed == {}
+        assert report.interruptions == ()
+    metas = {block: read_meta(store, prefix) for block, prefix in report.prefixes.items()}
+    (hit,) = (block for block, meta in metas.items() if meta and meta.setbacks)
+    before, after = trained_digests(alone, teacher), trained_digests(store, teacher)
+    assert {block for block in MANY if before[block] != after[block]} == {hit}
+    losses = read_json(store, report.prefixes[hit], BLOCK_LOSSES)
+    assert isinstance(losses, list)
+    assert losses.count(None) == (1 if math.isnan(factor) else 0)
+    spared = [value for value in losses if isinstance(value, float)]
+    assert max(spared[20:]) < 2 * max(spared[:20])
+    assert checkpoints_of_library(store) == []
+    everything_is_published(store)
+    done = "not taken" if math.isnan(factor) else "back to its checkpoint"
+    row(f"step of a replacement whose loss {loss}", f"{done}, on at half the rate, it alone")
 
 
 class Damager(Killer):

@@ -12,13 +12,13 @@ import secrets
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from storage import layout
-from storage.checkpoint import Checkpoint, Saver, latest_checkpoint
+from storage.checkpoint import Checkpoint, Saver, latest_checkpoint, withdraw_from
 from storage.errors import EspalierError
 from storage.shards import dtypes
 from storage.store import Store
@@ -44,6 +44,8 @@ class History:
     """Its share of the training time so far."""
     continued: tuple[int, ...] = ()
     """Steps from which it went on after it was cut off."""
+    setbacks: int = 0
+    """How often its rate was halved."""
 
 
 class LeavingError(Exception):
@@ -70,6 +72,8 @@ class Checkpoints:
         self._prefixes = {b: layout.library_checkpoints(p, sweep) for b, p in prefixes.items()}
         self._savers: dict[BlockPlan, Saver] = {}
         self._turn = threading.Lock()
+        self._gone_back: dict[BlockPlan, int] = {}
+        """Steps that replacements went back to, of those that have not saved since."""
 
     def save(
         self,
@@ -96,7 +100,9 @@ class Checkpoints:
             "losses": [loss if math.isfinite(loss) else None for loss in history.losses],
             "seconds": history.seconds,
             "continued": history.continued,
+            "setbacks": history.setbacks,
         }
+        self._gone_back.pop(block, None)
         self._saver(block).save(done, tensors, cast("JsonValue", state))
 
     def leave(self, done: int, steps: int) -> None:
@@ -112,6 +118,33 @@ class Checkpoints:
     ) -> History:
         """Puts the newest checkpoint that is whole into the replacement, and its moments into the
         optimizer, which has not stepped yet; both stay as they are when there is none."""
+        history = self._read(block, module, optimizer)
+        if history is None:
+            return History([])
+        self._saver(block)  # which clears away what the save that was cut off has left
+        return replace(history, continued=(*history.continued, len(history.losses)))
+
+    def go_back(
+        self, block: BlockPlan, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> History | None:
+        """Puts the newest checkpoint into the replacement and the optimizer; None when there is
+        none, and both stay as they are.
+
+        Gone back to once, without another since, it may itself hold what training diverges from:
+        then it goes, and the one before is used.
+        """
+        if (saver := self._savers.get(block)) is not None:
+            saver.finish()
+        if (step := self._gone_back.get(block)) is not None:
+            withdraw_from(self._store, self._prefixes[block], step)
+        history = self._read(block, module, optimizer)
+        if history is not None:
+            self._gone_back[block] = len(history.losses)
+        return history
+
+    def _read(
+        self, block: BlockPlan, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> History | None:
         parameters = dict(module.named_parameters())
         read: dict[str, Tensor] = {}
 
@@ -130,7 +163,7 @@ class Checkpoints:
 
         checkpoint = latest_checkpoint(self._store, self._prefixes[block], load)
         if checkpoint is None:
-            return History([])
+            return None
         held: dict[nn.Parameter, dict[str, Tensor]] = {}
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -140,11 +173,11 @@ class Checkpoints:
                 kind = name.split("/")[1]
                 held.setdefault(parameters[_parameter(name)], {})[kind] = value
         set_moments(optimizer, held)
-        self._saver(block)  # which clears away what the save that was cut off has left
         state = cast("dict[str, Any]", checkpoint.state)
-        continued = (*state["continued"], checkpoint.step)
         losses = [math.nan if loss is None else loss for loss in state["losses"]]
-        return History(losses, state["seconds"], continued)
+        # Checkpoints of the first version do not count them: there was no other reason.
+        setbacks = state.get("setbacks", state["losses"].count(None))
+        return History(losses, state["seconds"], tuple(state["continued"]), setbacks)
 
     def _saver(self, block: BlockPlan) -> Saver:
         if block not in self._savers:

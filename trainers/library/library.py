@@ -53,6 +53,8 @@ class ReplacementMeta(Section):
     """Its share of its group's training time."""
     continued: tuple[NonNegativeInt, ...] = ()
     """Steps from whose checkpoints it went on, after its worker was lost or the run cut off."""
+    setbacks: NonNegativeInt = 0
+    """How often its rate was halved, after a step that was not finite or a spike."""
     training: TrainingConfig | None = None
     """How it was trained; None of one cut from the teacher."""
 

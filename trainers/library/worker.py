@@ -143,6 +143,7 @@ class LibraryWorker:
             parameters=sum(p.numel() for p in made.module.parameters()),
             seconds=made.seconds,
             continued=made.continued,
+            setbacks=made.setbacks,
             training=None if block.untrained else self._config.training,
         )
         files = {}

@@ -143,7 +143,8 @@ def test_one_nan_replacement_does_not_stop_the_others(
     monkeypatch.setattr(training, "make_block", poisoned)
     trained = train(teacher, BLOCKS[:3])
     assert trained[BLOCKS[1]].failed == (
-        "its loss or gradient was not finite at 4 steps, the last 3; lower library.lr"
+        "its loss or gradient was not finite at step 3, after its rate had been halved 3 times; "
+        "lower library.lr"
     )
     for block in (BLOCKS[0], BLOCKS[2]):
         assert trained[block].failed is None
