@@ -28,6 +28,7 @@ from search.tiers import Candidate, Choice, Finalist, Promotion, Race, Rules, Ru
 from storage import layout
 from storage.digest import digest_json
 from storage.errors import EspalierError, MissingKey
+from storage.garbage import kept_students
 from storage.manifest import published, withdraw
 from storage.section import Section
 from storage.store import Store, StoreOptions
@@ -323,11 +324,16 @@ class Book:
         store, job = self._grounds.store, self._grounds.job(candidate, tier)
         outcome = read_outcome(store, job.prefix)
         whole = outcome is not None and not outcome.failed and job.until == job.schedule.steps
-        if whole and published(store, job.student) is None:
-            # It was published first: somebody has removed it, and wants it made again.
+        if whole and published(store, job.student) is None and self._wanted(job.student):
+            # It was stored first: somebody has removed it, and wants it made again.
             withdraw(store, job.prefix)
             return None
         return outcome
+
+    def _wanted(self, student: str) -> bool:
+        """Whether a student that has gone is made again: none that `gc` takes away."""
+        kept = kept_students(self._grounds.store, self._grounds.sweep)
+        return kept is None or student in kept
 
 
 def recover_finalists(

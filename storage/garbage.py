@@ -27,8 +27,9 @@ from storage.store import Store, Stored, Unfinished
 _log = logging.getLogger(__name__)
 
 Kind = Literal[
-    "unfinished upload", "unfinished publication", "old checkpoint", "unregistered model"
-]
+    "unfinished upload", "unfinished publication", "old checkpoint", "unregistered model",
+    "unpublished student",
+]  # fmt: skip
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -41,6 +42,7 @@ _BY_THEMSELVES = re.compile(
 _CHECKPOINT = re.compile(r"((sweeps/[^/]+)/recovery/([^/]+)/([^/]+))/checkpoints/step-\d+$")
 # Before sweeps had checkpoints of their own there was no name between.
 _TRAINING = re.compile(r"(library/[^/]+/[^/]+)/checkpoints/([^/]+/)?step-\d+$")
+_STUDENT = re.compile(r"sweeps/([^/]+)/recovery/[^/]+/[^/]+/student$")
 _MODEL = re.compile(r"models/([^/]+)/[^/]+$")
 _MODEL_FILE = re.compile(r"(models/[^/]+/[^/]+)/")
 _PARALLEL = 8
@@ -62,8 +64,9 @@ class Garbage(Section):
     """Id of an unfinished upload."""
 
 
-def find_garbage(store: Store, older_than: float) -> list[Garbage]:
-    """All of it of which nothing was written for so many seconds.
+def find_garbage(store: Store, older_than: float, students: bool = False) -> list[Garbage]:
+    """All of it of which nothing was written for so many seconds; the `students` that sweeps ended
+    with and did not publish only when asked for, since another judge might choose among them.
 
     The age is what keeps apart a write that is under way and one that was cut off.
     """
@@ -79,6 +82,7 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
     found += [_garbage("unfinished publication", prefix, of) for prefix, of in stray.items()]
     registered, damaged = look(store)
     named = {entry.model for entry in registered}
+    sources = {entry.prefix for entry in registered}
     # Budgets of which it cannot be told what all their entries name.
     unsure = {key.split("/")[1] for key in damaged}
     for error in damaged.values():
@@ -91,6 +95,10 @@ def find_garbage(store: Store, older_than: float) -> list[Garbage]:
             found.append(_garbage("old checkpoint", prefix, mine))
         elif (model := _MODEL.match(prefix)) and prefix not in named and model[1] not in unsure:
             found.append(_garbage("unregistered model", prefix, mine))
+        elif students and (student := _STUDENT.match(prefix)):
+            garbage = _garbage("unpublished student", prefix, mine)
+            if prefix not in sources and _was_passed_over(store, student[1], garbage, bodies):
+                found.append(garbage)
     old = [garbage for garbage in found if garbage.seconds >= older_than]
     return sorted(old, key=lambda garbage: (KINDS.index(garbage.kind), garbage.prefix))
 
@@ -162,6 +170,30 @@ def _ended(
         if (noted["budget"], noted["trial"]) == (budget, trial):
             return not noted.get("broke")
     return layout.attempt(name, "recover") not in bodies
+
+
+def kept_students(store: Store, sweep: str) -> frozenset[str] | None:
+    """The prefixes of the students that a sweep has published, of all that its recoveries ended
+    with those that it needs from then on; None when it has published none."""
+    record = published(store, layout.stage(sweep, "publish"))
+    if record is None:
+        return None
+    facts: Any = record.meta.get("facts", {})
+    return frozenset(said["finalist"] for said in facts.get("students", {}).values())
+
+
+def _was_passed_over(
+    store: Store, sweep: str, student: Garbage, bodies: Mapping[str, Stored]
+) -> bool:
+    """Whether its sweep has published others since it was there, and is at an end."""
+    stages = (layout.attempt(sweep, stage) for stage in ("recover", "publish"))
+    record = bodies.get(f"{layout.stage(sweep, 'publish')}/{MANIFEST}")
+    if record is None or student.seconds < record.seconds or any(key in bodies for key in stages):
+        return False
+    try:
+        return student.prefix not in (kept_students(store, sweep) or {student.prefix})
+    except DamagedError:
+        return False
 
 
 def _publication(key: str) -> str:

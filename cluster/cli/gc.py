@@ -25,6 +25,14 @@ def gc(
         float,
         typer.Option(help="Hours; what was written since is never listed.", min=1.0),
     ] = 24.0,
+    students: Annotated[
+        bool,
+        typer.Option(
+            "--students",
+            help="Also students that sweeps recovered and did not publish: another judge could "
+            "choose among them.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List what was cut off or has been replaced, and nothing refers to.
@@ -36,14 +44,14 @@ def gc(
 
       espalier gc --storage s3://bucket/espalier
 
-      espalier gc --storage s3://bucket/espalier --older-than 48 --delete
+      espalier gc --storage s3://bucket/espalier --older-than 48 --students --delete
     """
     with endings():
         from storage.garbage import discard, find_garbage
         from storage.store import open_store
 
         store = open_store(storage)
-        found = find_garbage(store, older_than * 3600)
+        found = find_garbage(store, older_than * 3600, students)
         for garbage in found if delete else ():
             discard(store, garbage)
         if as_json:

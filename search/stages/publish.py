@@ -110,7 +110,14 @@ def _best_recoveries(sweep: Sweep, progress: Progress) -> dict[str, list[Recover
     recoveries, lost = recoveries_of(sweep), left_out(sweep)
     best: dict[str, list[Recovery]] = {}
     for target in (target for target in sweep.targets if target.label not in lost):
-        whole = [r for r in recoveries if r.budget == target.label and r.fidelity_loss is not None]
+        whole = [
+            r
+            for r in recoveries
+            if r.budget == target.label
+            and r.fidelity_loss is not None
+            # `gc` may have taken it away since the sweep published others.
+            and published(sweep.store, r.student) is not None
+        ]
         whole.sort(key=lambda r: r.fidelity_loss or 0.0)
         students: list[Student] = [(r.plan, r.student) for r in whole]
         count = sweep.config.judge.finalists

@@ -13,6 +13,7 @@ from search.stages.stage import Outcome, Stage
 from search.sweep import Sweep, SweepError
 from search.tiers import Finalist
 from search.trials import best_trials
+from storage.garbage import kept_students
 from trainers.progress import Progress
 
 
@@ -106,8 +107,10 @@ def check_all_came_through(sweep: Sweep) -> None:
 
 
 def _students(sweep: Sweep) -> list[str]:
-    """Those that the recoveries ended with."""
-    return [r.student for r in recoveries_of(sweep) if r.state == "complete"]
+    """Those that the recoveries ended with; once some are published, these alone."""
+    kept = kept_students(sweep.store, sweep.name)
+    made = [r.student for r in recoveries_of(sweep) if r.state == "complete"]
+    return [student for student in made if kept is None or student in kept]
 
 
 RECOVER = Stage(

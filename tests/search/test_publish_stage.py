@@ -19,6 +19,7 @@ from search.stages.stage import run_stage
 from search.sweep import Sweep, SweepError, open_sweep
 from search.trials import Trial, save_trials
 from storage import layout, registry
+from storage.garbage import discard, find_garbage
 from storage.manifest import alike, publish, published, withdraw
 from storage.store import Unfinished
 from storage.tensors import save_tensors
@@ -226,6 +227,30 @@ def test_what_a_killed_publication_left_of_its_model_is_cleared_away(
     entry = registry.best(sweep.store, "60pct")
     assert entry is not None
     assert discarded == [f"{entry.model}/w"]
+
+
+def test_a_student_that_was_passed_over_may_go(sweep: Sweep) -> None:
+    recover, publish_stage = stage_named("recover"), stage_named("publish")
+    students = {name: layout.finalist(sweep.name, "60pct", name) for name in LOSSES}
+    run_stage(publish_stage, sweep, silent())
+    entry = registry.best(sweep.store, "60pct")
+    assert entry is not None
+    (garbage,) = find_garbage(sweep.store, 0, students=True)
+    assert garbage.prefix in {students["first"], students["second"]} - {entry.prefix}
+    discard(sweep.store, garbage)
+    assert recover.state(sweep) == publish_stage.state(sweep) == "done"
+    # Another judge chooses among what is left.
+    judge = sweep.config.judge.model_copy(update={"steps": 3, "finalists": 2})
+    other = open_sweep(sweep.config.model_copy(update={"judge": judge}))
+    assert publish_stage.state(other) == "missing"
+    require_earlier([recover, publish_stage], publish_stage, other)
+    run_stage(publish_stage, other, silent())
+    found = registry.best(sweep.store, "60pct")
+    assert found is not None
+    assert found.prefix == entry.prefix
+    # What was published is still missed.
+    withdraw(sweep.store, entry.prefix)
+    assert recover.state(other) != "done"
 
 
 def test_publishing_again_adds_nothing(sweep: Sweep) -> None:

@@ -278,6 +278,23 @@ def test_a_student_that_somebody_removed_is_recovered_again(
     assert published(store, whole.prefix) is None
 
 
+def test_a_student_that_was_passed_over_when_others_were_published_is_not_missed(
+    tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    store = open_store(str(tmp_path / "store"))
+    grounds = grounds_of(tiny_pipeline, store)
+    candidate = candidate_of(grounds)
+    whole = grounds.job(candidate, 1)
+    outcome = RecoveryOutcome(fidelity_loss=0.5, seconds=1.0, steps=whole.until)
+    publish(store, whole.prefix, {}, outcome.model_dump(mode="json"))
+    facts: Any = {"students": {"half": {"finalist": "another", "prefix": "models/half/x"}}}
+    publish(store, layout.stage(grounds.sweep, "publish"), {}, {"facts": facts})
+    assert Book(grounds)(candidate, 1) == outcome
+    facts["students"]["half"]["finalist"] = whole.student
+    publish(store, layout.stage(grounds.sweep, "publish"), {}, {"facts": facts})
+    assert Book(grounds)(candidate, 1) is None
+
+
 def prefix_of(recovery: Recovery) -> str:
     trial = ("tiny", recovery.budget, recovery.trial)
     return layout.measured(*trial, recovery.schedule.steps)

@@ -10,7 +10,7 @@ import torch
 
 from storage import layout
 from storage.checkpoint import Saver
-from storage.garbage import discard, find_garbage
+from storage.garbage import discard, find_garbage, kept_students
 from storage.manifest import publish, published
 from storage.registry import Entry, add
 from storage.store import open_store
@@ -112,6 +112,53 @@ def test_checkpoints_of_a_sweep_that_has_recovered_are_old(store):
     assert listed(store) == [
         ("old checkpoint", f"{prefix}/step-000000001") for prefix in (other, at)
     ]
+
+
+def test_students_that_were_not_published_go_when_asked_for(store):
+    fill(store)
+    chosen, lost = (layout.finalist("other", "10B", trial) for trial in ("chosen", "lost"))
+    for student in (chosen, lost):
+        publish(store, student, {"plan.json": b"{}"})
+
+    def students():
+        found = find_garbage(store, 0, students=True)
+        return [garbage.prefix for garbage in found if garbage.kind == "unpublished student"]
+
+    assert students() == []  # its sweep has published none yet
+    facts = {"facts": {"students": {"10B": {"finalist": chosen, "prefix": "models/10B/x"}}}}
+    publish(store, layout.stage("other", "publish"), {}, facts)
+    assert listed(store) == []
+    assert students() == [lost]
+    for stage in ("recover", "publish"):
+        store.write(layout.attempt("other", stage), b"{}")
+        assert students() == []  # it is at work again
+        store.remove(layout.attempt("other", stage))
+    assert students() == [lost]
+    assert kept_students(store, "other") == {chosen}
+    assert kept_students(store, "sweep") is None
+    store.write(f"{layout.stage('other', 'publish')}/manifest.json", b"{damaged")
+    assert students() == []
+
+
+def test_a_student_of_an_entry_or_younger_than_the_publication_stays(tmp_path):
+    store = open_store(str(tmp_path))
+    named, younger = (layout.finalist("other", "10B", trial) for trial in ("named", "younger"))
+    facts = {"facts": {"students": {"6B": {"finalist": "another", "prefix": "models/6B/x"}}}}
+    publish(store, named, {"plan.json": b"{}"})
+    add(store, Entry(
+        budget="10B", plan_digest="p", teacher="t", sweep="other", prefix=named, parameters=1,
+        fidelity_loss=0.1,
+    ))  # fmt: skip
+    publish(store, layout.stage("other", "publish"), {}, facts)
+    an_hour_ago = time.time() - 3600
+    for file in (tmp_path / "sweeps").rglob("*.json"):
+        os.utime(file, (an_hour_ago, an_hour_ago))
+    publish(store, younger, {"plan.json": b"{}"})
+    assert find_garbage(store, 0, students=True) == []
+    os.utime(tmp_path / younger / "plan.json", (0, 0))
+    os.utime(tmp_path / younger / "manifest.json", (0, 0))
+    (found,) = find_garbage(store, 0, students=True)
+    assert found.prefix == younger
 
 
 def test_checkpoints_of_a_replacement_that_is_trained_are_old(store):
