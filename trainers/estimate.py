@@ -81,6 +81,11 @@ class PhaseEstimate:
         """Bytes of each GPU."""
         return sum(self.memory.values())
 
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of each GPU's part of a checkpoint."""
+        return sum(self.memory[part] for part in ("weights", "average", "moments"))
+
 
 @dataclass(frozen=True)
 class Run:

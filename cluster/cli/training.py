@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ from trainers.students.families import family_named
 if TYPE_CHECKING:
     from search.recover import RecoverConfig
     from trainers.students.plan import Plan
+
+NOTICE = 30
+"""Seconds that Ray gives a machine that is taken away, unless told otherwise; see
+trainers/notice.py."""
 
 RESOLUTION = 1024
 """Pixels a side where no recipe says it."""
@@ -84,6 +89,7 @@ def describe_training(
                 "batch_size": phase.batch_size,
                 "memory": {**found.memory, "total": found.total},
                 "fits": found.total <= USED * offered,
+                "checkpoint": found.checkpoint,
                 "flops_per_step": found.flops,
                 "seconds_per_step": found.seconds / phase.steps,
                 "seconds": found.seconds,
@@ -190,6 +196,7 @@ def print_training(said: Mapping[str, Any]) -> None:
     table.add_row(
         "fits in nine tenths", *("yes" if phase["fits"] else "no" for phase in said["phases"])
     )
+    table.add_row("a checkpoint", *(memory(phase["checkpoint"]) for phase in said["phases"]))
     table.add_row("a step", *(duration(phase["seconds_per_step"]) for phase in said["phases"]))
     table.add_row("steps", *(f"{phase['steps']:,}" for phase in said["phases"]))
     table.add_row("time", *(duration(phase["seconds"]) for phase in said["phases"]))
@@ -197,6 +204,12 @@ def print_training(said: Mapping[str, Any]) -> None:
     console.print(
         f"together {duration(said['seconds'])}, at {said['mfu']:.0%} of the GPU's "
         f"{said['tflops']:g} TFLOP/s; tensors alone: what CUDA takes for itself comes on top"
+    )
+    largest = max(phase["checkpoint"] for phase in said["phases"])
+    console.print(
+        f"{NOTICE} s of notice save every step where each GPU sends "
+        f"{memory(math.ceil(largest / NOTICE))} a second to the storage, and twice that where a "
+        "checkpoint is under way"
     )
 
 

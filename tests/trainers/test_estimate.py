@@ -26,7 +26,7 @@ from trainers.estimate import (
 from trainers.library.config import TrainingConfig
 from trainers.library.train import train_replacements
 from trainers.optimizer import make_optimizer
-from trainers.recovery import Example, backward, set_trainable
+from trainers.recovery import Example, backward, held_tensors, set_trainable
 from trainers.schedule import PLAIN, Phase, Schedule, StepConfig
 from trainers.students.families.base import Inputs
 from trainers.students.plan import BlockPlan, Plan, identity_plan
@@ -191,6 +191,9 @@ def test_weights_gradients_and_moments_take_what_the_formula_says(phase: Phase) 
     # The last block's text leads nowhere, so a few of its weights have no gradient.
     assert 0.8 * found["gradients"] < gradients <= found["gradients"]
     assert moments == 2 * gradients
+    (saved,) = estimate(run_of(tiny, plan, step, pictures), Schedule(phases=(phase,)))
+    tensors = sum(tensor.nbytes for tensor in held_tensors(student, optimizer).values())
+    assert 0 <= saved.checkpoint - tensors < 0.1 * tensors
     assert found["moments"] == 2 * found["gradients"]
     assert found["teacher"] == sum(p.nbytes for p in teacher.parameters()) / 2  # in half precision
 
