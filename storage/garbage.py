@@ -124,7 +124,7 @@ def _manifests(store: Store, bodies: Mapping[str, Stored]) -> dict[str, frozense
         except DamagedError:
             # Nothing under it can be told from what it published, so all of it stays.
             return frozenset(k[len(prefix) + 1 :] for k in bodies if k.startswith(f"{prefix}/"))
-        return frozenset(manifest.files) if manifest else None
+        return manifest.stored if manifest else None
 
     with ThreadPoolExecutor(_PARALLEL) as pool:
         found = zip(prefixes, pool.map(names, prefixes), strict=True)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,17 @@ class FileEntry(Section):
     xxh3: tuple[PieceDigest, ...] = Field(default=(), exclude_if=lambda pieces: not pieces)
     """Of each PIECE bytes, for a file that is read by range; empty for any other. They find damage,
     not a forger, who could write a manifest as well."""
+    at: str | None = Field(default=None, exclude_if=lambda at: at is None)
+    """Its name in the store where that is not its own: of files that several may write at once."""
+
+    def key(self, prefix: str, name: str) -> str:
+        """Where the file of this name lies."""
+        return f"{prefix}/{self.at or name}"
+
+    @field_validator("at")
+    @classmethod
+    def _stays_inside(cls, at: str | None) -> str | None:
+        return at if at is None else _checked(at)
 
     @model_validator(mode="after")
     def _has_a_digest(self) -> Self:
@@ -141,11 +153,14 @@ class Manifest(Section):
     @field_validator("files")
     @classmethod
     def _names_stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        try:
-            _check_names(files)
-        except StoreError as error:
-            raise ValueError(str(error)) from None
+        for name in files:
+            _checked(name)
         return files
+
+    @property
+    def stored(self) -> frozenset[str]:
+        """The names of the files as they lie under the prefix."""
+        return frozenset(entry.at or name for name, entry in self.files.items())
 
 
 def alike(one: Manifest | None, other: Manifest) -> bool:
@@ -181,7 +196,7 @@ def publish(
     json.dumps(meta or {}, allow_nan=False)
     _check_names(files)
     kept = kept or {}
-    stale = _listed(store, prefix) - {*files, *kept}
+    stale = _listed(store, prefix) - {*files, *(entry.at or n for n, entry in kept.items())}
     store.remove(f"{prefix}/{MANIFEST}")
     written = in_parallel(partial(_write, store, prefix), files.items())
     for name in stale:
@@ -195,15 +210,26 @@ def publish_once(
     files: Mapping[str, Body],
     meta: Mapping[str, JsonValue] | None = None,
 ) -> Manifest:
-    """Publish what others may be making at the same time, all alike: what is published is left as
-    it is, and never taken back while somebody reads it."""
+    """Publish what others may be making at the same time, all alike, if not to the last bit: what
+    is published is left as it is, and never taken back while somebody reads it.
+
+    Everybody's files have names of their own in the store. Of several manifests the last stays, and
+    the files of the others are found by storage.garbage.
+    """
     there = published(store, prefix)
     if there is not None:
         return there
     json.dumps(meta or {}, allow_nan=False)
     _check_names(files)
-    written = in_parallel(partial(_write, store, prefix), files.items())
-    return commit(store, prefix, dict(zip(files, written, strict=True)), meta)
+    token = secrets.token_hex(4)
+
+    def write(item: tuple[str, Body]) -> FileEntry:
+        at = f"{token}-{item[0]}"
+        return _write(store, prefix, (at, item[1])).model_copy(update={"at": at})
+
+    return commit(
+        store, prefix, dict(zip(files, in_parallel(write, files.items()), strict=True)), meta
+    )
 
 
 def commit(
@@ -287,20 +313,20 @@ def read_bytes(store: Store, prefix: str, name: str, manifest: Manifest | None =
     Raises `MissingKey` when nothing is published or has that name, else `DamagedError`.
     """
     manifest = manifest or _required(store, prefix)
-    key = f"{prefix}/{name}"
     if name not in manifest.files:
-        raise MissingKey(f"{_where(store, key)}: not among the published files")
+        raise MissingKey(f"{_where(store, f'{prefix}/{name}')}: not among the published files")
     entry = manifest.files[name]
+    key = entry.key(prefix, name)
 
     def read() -> bytes:
         try:
             with store.read(key) as stream:
                 content = stream.read()
         except MissingKey:
-            raise _gone(store, prefix, name) from None
+            raise _gone(store, prefix, key) from None
         hasher = entry.hasher()
         hasher.update(content)
-        _verify(store, prefix, name, entry, len(content), hasher)
+        _verify(store, prefix, key, entry, len(content), hasher)
         return content
 
     return twice(read)
@@ -338,15 +364,15 @@ def verify(store: Store, prefix: str) -> Manifest:
 
     def check(item: tuple[str, FileEntry]) -> None:
         name, entry = item
-        hasher, size = entry.hasher(), 0
+        key, hasher, size = entry.key(prefix, name), entry.hasher(), 0
         try:
-            with store.read(f"{prefix}/{name}") as source:
+            with store.read(key) as source:
                 while chunk := source.read(1 << 20):
                     hasher.update(chunk)
                     size += len(chunk)
         except MissingKey:
-            raise _gone(store, prefix, name) from None
-        _verify(store, prefix, name, entry, size, hasher)
+            raise _gone(store, prefix, key) from None
+        _verify(store, prefix, key, entry, size, hasher)
 
     in_parallel(lambda item: twice(partial(check, item)), manifest.files.items())
     return manifest
@@ -399,12 +425,12 @@ def _digest(manifest: Manifest) -> str:
 def _read_pieces(
     store: Store, prefix: str, name: str, entry: FileEntry, first: int, into: memoryview
 ) -> None:
-    start = first * PIECE
+    start, key = first * PIECE, entry.key(prefix, name)
     try:
-        got = store.read_into(f"{prefix}/{name}", start, into)
+        got = store.read_into(key, start, into)
     except MissingKey:
-        raise _gone(store, prefix, name) from None
-    where = _where(store, f"{prefix}/{name}")
+        raise _gone(store, prefix, key) from None
+    where = _where(store, key)
     if got < len(into):
         raise DamagedError(
             f"{where}: ends at {start + got} bytes, but {entry.size} were published; "
@@ -423,6 +449,15 @@ def _check_names(names: Iterable[str]) -> None:
     for name in names:
         if check_key(name) == MANIFEST:
             raise StoreError(f"{name!r}: not a key for a file; it is the manifest's own name")
+
+
+def _checked(name: str) -> str:
+    """For validators, which say so with ValueError."""
+    try:
+        _check_names([name])
+    except StoreError as error:
+        raise ValueError(str(error)) from None
+    return name
 
 
 def _write(store: Store, prefix: str, item: tuple[str, Body]) -> FileEntry:
@@ -449,19 +484,19 @@ def _fetch_file(store: Store, prefix: str, folder: Path, item: tuple[str, FileEn
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=hidden(target.name), dir=target.parent)
     path = Path(temporary)
-    hasher, size = entry.hasher(), 0
+    key, hasher, size = entry.key(prefix, name), entry.hasher(), 0
     try:
-        with os.fdopen(handle, "wb") as stream, store.read(f"{prefix}/{name}") as source:
+        with os.fdopen(handle, "wb") as stream, store.read(key) as source:
             while chunk := source.read(1 << 20):
                 stream.write(chunk)
                 hasher.update(chunk)
                 size += len(chunk)
-        _verify(store, prefix, name, entry, size, hasher)
+        _verify(store, prefix, key, entry, size, hasher)
         # mkstemp makes files that only their owner reads.
         path.chmod(0o644)
         path.replace(target)
     except MissingKey:
-        raise _gone(store, prefix, name) from None
+        raise _gone(store, prefix, key) from None
     finally:
         path.unlink(missing_ok=True)
 
@@ -475,9 +510,9 @@ def _is_of(path: Path, entry: FileEntry) -> bool:
 
 
 def _verify(
-    store: Store, prefix: str, name: str, entry: FileEntry, size: int, hasher: Hasher
+    store: Store, prefix: str, key: str, entry: FileEntry, size: int, hasher: Hasher
 ) -> None:
-    where = _where(store, f"{prefix}/{name}")
+    where = _where(store, key)
     if size != entry.size:
         raise DamagedError(
             f"{where}: {size} bytes, but {entry.size} were published; {_remedy(prefix)}"
@@ -502,7 +537,7 @@ def _listed(store: Store, prefix: str) -> set[str]:
         manifest = published(store, prefix)
     except DamagedError:
         return set()  # about to be replaced
-    return set(manifest.files) if manifest else set()
+    return set(manifest.stored) if manifest else set()
 
 
 def in_parallel(act: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -512,10 +547,8 @@ def in_parallel(act: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
         return list(pool.map(act, items))
 
 
-def _gone(store: Store, prefix: str, name: str) -> DamagedError:
-    return DamagedError(
-        f"{_where(store, f'{prefix}/{name}')}: published, but no longer there; {_remedy(prefix)}"
-    )
+def _gone(store: Store, prefix: str, key: str) -> DamagedError:
+    return DamagedError(f"{_where(store, key)}: published, but no longer there; {_remedy(prefix)}")
 
 
 def _where(store: Store, key: str) -> str:

@@ -116,8 +116,9 @@ def show_best(store: Store, budget: str) -> str | None:
     prefix, spoiled = layout.best(budget), False
     for _ in range(_ATTEMPTS):
         entry = best(store, budget)
-        model = published(store, entry.model) if entry and entry.model else None
-        if entry is None or model is None:
+        place = entry.model if entry else None
+        model = published(store, place) if place else None
+        if place is None or model is None:
             withdraw(store, prefix)
             return None
         try:
@@ -127,15 +128,15 @@ def show_best(store: Store, budget: str) -> str | None:
                 # the sooner the copy is whole again.
                 kept = in_common(shown, model)
                 files: dict[str, Body] = {
-                    name: partial(store.read, f"{entry.model}/{name}")
-                    for name in model.files
+                    name: partial(store.read, file.key(place, name))
+                    for name, file in model.files.items()
                     if name not in kept
                 }
                 publish(store, prefix, files, model.meta, kept)
                 verify(store, prefix)
             spoiled = False
             if alike(published(store, prefix), model) and best(store, budget) == entry:
-                return entry.model
+                return place
         except (DamagedError, MissingKey):
             spoiled = True
     raise StoreError(

@@ -142,7 +142,7 @@ class Teacher:
             {
                 name: PiecedFile(store, prefix, name, entry).open
                 if entry.xxh3
-                else partial(store.read, f"{prefix}/{name}")
+                else partial(store.read, entry.key(prefix, name))
                 for name, entry in sorted(manifest.files.items())
                 if _is_remote(name)
             }

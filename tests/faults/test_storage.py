@@ -117,7 +117,7 @@ def everything_is_published(store: Store) -> None:
         prefix, _, name = key.rpartition("/")
         if name == "manifest.json":
             manifest = verify(store, prefix)
-            held |= {key, *(f"{prefix}/{file}" for file in manifest.files)}
+            held |= {key, *(f"{prefix}/{file}" for file in manifest.stored)}
     assert keys == held
     assert list(store.unfinished("")) == []
 

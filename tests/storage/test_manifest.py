@@ -9,15 +9,20 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from storage.errors import DamagedError, MissingKey, StoreError
+from storage.garbage import discard, find_garbage
 from storage.manifest import (
+    FileEntry,
     Manifest,
     fetch,
     publish,
+    publish_once,
     published,
     read_bytes,
     read_json,
+    verify,
     withdraw,
 )
 from storage.store import open_store
@@ -243,3 +248,59 @@ def test_manifests_of_the_first_version_stay_readable():
     manifest = Manifest.model_validate_json(old)
     assert manifest.files["a"].size == 1
     assert manifest.model_dump_json() == old
+
+
+PLACE = "library/t/d"
+
+
+class Meanwhile:
+    """A store in which something happens once, before or after a key is written."""
+
+    def __init__(self, store, ending, act, before):
+        self._store, self._ending, self._act, self._before = store, ending, act, before
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def _happens(self, key, now):
+        if self._act is not None and key.endswith(self._ending) and now == self._before:
+            act, self._act = self._act, None
+            act()
+
+    def write(self, key, body):
+        self._happens(key, True)
+        self._store.write(key, body)
+        self._happens(key, False)
+
+
+@on_both
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("ending", ["a.json", "manifest.json"])
+def test_of_several_that_publish_once_at_the_same_time_one_is_whole(any_store, ending, before):
+    theirs = {"a.json": b"[2]", "c": b"as long as you like"}
+    found = []
+
+    def they():
+        found.append(publish_once(any_store, PLACE, theirs, {"by": "them"}))
+
+    meanwhile = Meanwhile(any_store, ending, they, before)
+    found.append(publish_once(meanwhile, PLACE, FILES, {"by": "us"}))
+    manifest = verify(any_store, PLACE)
+    assert manifest == published(any_store, PLACE)
+    assert manifest in found
+    # Whoever has read the other manifest before still finds what it said.
+    for said in found:
+        for name, content in (FILES if said.meta["by"] == "us" else theirs).items():
+            assert read_bytes(any_store, PLACE, name, said) == content
+    # Later ones leave it.
+    assert publish_once(any_store, PLACE, {"c": b"too late"}) == manifest
+    # What is left of the others is garbage, and nothing else.
+    for garbage in find_garbage(any_store, 0):
+        discard(any_store, garbage)
+    assert verify(any_store, PLACE) == manifest
+
+
+def test_a_file_lies_nowhere_else(store):
+    for at in ("../q/c", "/c", "manifest.json"):
+        with pytest.raises(ValidationError):
+            FileEntry(size=0, sha256="0" * 64, at=at)
