@@ -63,6 +63,7 @@ bench-train: install ## memory and speed of training (the GPU's figures where th
 
 bench-checkpoint: install ## checkpoints against raw transfers, on an S3 server that it starts
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoint
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoint --gib 1.75 --turns 2
 
 study: install ## run the study of docs/study.md again (about an hour on 2 cores; after make demo)
 	$(BIN)/python -m benchmarks.study.run examples/miniature.yaml --out build/study
