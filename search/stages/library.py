@@ -44,6 +44,8 @@ def run(sweep: Sweep, progress: Progress) -> Outcome:
     said += f", {len(report.failed)} failed" if report.failed else ""
     if report.ridged:
         said += f"; {len(report.ridged)} with singular fits, ridged (more library.fit_batches help)"
+    if report.set_back:
+        said += f"; {len(report.set_back)} went on at a lower rate (a lower library.lr helps)"
     if report.interruptions:
         said += f"; {len(report.interruptions)} groups interrupted, gone on from checkpoints"
     return Outcome(

@@ -205,6 +205,7 @@ def test_training_is_a_table_for_people(tmp_path: Path) -> None:
     shown = done.output.replace("\n", " ")
     assert "training on 4 × H100-80GB (40.0 GiB)" in shown
     assert "at 40% of the GPU's 989 TFLOP/s" in shown
+    assert "30 s of notice save every step where each GPU sends 1." in shown  # GiB a second
 
 
 def test_a_library_is_made_by_the_workers_of_the_stage(tmp_path: Path) -> None:

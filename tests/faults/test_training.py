@@ -36,7 +36,6 @@ from tests.trainers.library.setting import (
 from tests.trainers.library.setting import checkpoints as checkpoints_of_library
 from tests.trainers.small import local_ray
 from trainers.library.library import LOSSES as BLOCK_LOSSES
-from trainers.library.library import read_meta
 from trainers.library.workers import train_library
 from trainers.teacher import Teacher, open_teacher
 from trainers.worker import LOSSES, load_student
@@ -174,8 +173,7 @@ def test_a_step_of_a_replacement_is_spoiled(
         )
         assert report.failed == {}
         assert report.interruptions == ()
-    metas = {block: read_meta(store, prefix) for block, prefix in report.prefixes.items()}
-    (hit,) = (block for block, meta in metas.items() if meta and meta.setbacks)
+    (hit,) = report.set_back
     before, after = trained_digests(alone, teacher), trained_digests(store, teacher)
     assert {block for block in MANY if before[block] != after[block]} == {hit}
     losses = read_json(store, report.prefixes[hit], BLOCK_LOSSES)

@@ -40,6 +40,8 @@ class LibraryReport:
     """Replacements that were dropped or whose workers kept ending, and why."""
     ridged: tuple[BlockPlan, ...] = ()
     """Replacements of which a linear map's fit was singular."""
+    set_back: tuple[BlockPlan, ...] = ()
+    """Replacements whose rate was halved, after a spike or a step that was not finite."""
     interruptions: tuple[Interruption, ...] = ()
     """What happened to workers, and what it cost."""
 
@@ -130,5 +132,6 @@ def train_library(
         reused=reused,
         failed=failed,
         ridged=tuple(block for block, meta in known.items() if meta and meta.ridged),
+        set_back=tuple(block for block, meta in known.items() if meta and meta.setbacks),
         interruptions=interruptions,
     )
