@@ -8,6 +8,7 @@ until somebody ends it: `unfinished` finds them, for a saver that starts again a
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import threading
@@ -51,6 +52,9 @@ _WHOLE = 32 * 2**20
 _PIECE = 8 * 2**20
 # The most of an answer that is copied at a time.
 _RECEIVED = 2**18
+# Bytes a second that a server must take of a body. Nothing else ends a wait for it to take more, or
+# for its word that the body may come.
+_SLOWEST = 2**19
 # Outlasts a store that is out for five minutes, or lets eight requests wait in vain.
 _PATIENCE = Patience(8, 300.0)
 # A wrong address or network is told within seconds.
@@ -89,7 +93,7 @@ def open_s3(url: str, options: StoreOptions, patient: bool = False) -> S3Store:
         use_listings_cache=False,
     )
     files.retries = 1
-    store = S3Store(files, parts.netloc, prefix)
+    store = S3Store(files, parts.netloc, prefix, options.timeout)
     try:
         store.probe(_PATIENCE if patient else _TO_OPEN)
     except ValueError as error:  # botocore's, of an endpoint that is no URL
@@ -125,8 +129,8 @@ class Part(NamedTuple):
 class S3Store:
     """Keys are object names below the prefix."""
 
-    def __init__(self, files: S3FileSystem, bucket: str, prefix: str) -> None:
-        self._files = files
+    def __init__(self, files: S3FileSystem, bucket: str, prefix: str, timeout: float) -> None:
+        self._files, self._timeout = files, timeout
         self._bucket = bucket
         self._prefix = prefix
         self._slots = threading.BoundedSemaphore(_IN_FLIGHT)
@@ -351,10 +355,23 @@ class S3Store:
         self, method: str, patience: Patience | None = None, **arguments: Any
     ) -> dict[str, Any]:
         def call() -> dict[str, Any]:
+            if "Body" in arguments:
+                return cast("dict[str, Any]", sync(self._files.loop, self._send, method, arguments))
             answer = self._files.call_s3(method, Bucket=self._bucket, **arguments)
-            return cast(dict[str, Any], answer)
+            return cast("dict[str, Any]", answer)
 
         return retried(call, _passes, patience or _PATIENCE)
+
+    async def _send(self, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        size = len(arguments["Body"])
+        limit = self._timeout + size / _SLOWEST
+        try:
+            async with asyncio.timeout(limit):
+                answer = await self._files._call_s3(method, Bucket=self._bucket, **arguments)
+                return cast("dict[str, Any]", answer)
+        except TimeoutError as error:
+            # Of a TimeoutError fsspec drops the words.
+            raise OSError(f"it did not take {size:,} bytes within {limit:.0f} s") from error
 
     def _name(self, key: str) -> str:
         check_key(key)

@@ -41,8 +41,12 @@ class Answer:
     code: str
 
 
-Fault = Answer | Literal["hang", "reset", "reset after", "cut answer", "alter answer", "alter body"]
-"""`reset` before the server sees the request, `reset after` once it has done what was asked."""
+Fault = (
+    Answer
+    | Literal["stall", "hang", "reset", "reset after", "cut answer", "alter answer", "alter body"]
+)
+"""`stall` takes nothing of a body, `hang` all of it and says nothing; `reset` before the server
+sees the request, `reset after` once it has done what was asked."""
 
 Rule = Callable[[Request], Fault | None]
 
@@ -79,10 +83,20 @@ def proxying(target: str) -> Iterator[Proxy]:
         protocol_version = "HTTP/1.1"
 
         def handle_any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = proxy.judge(self.command, self.path, self.headers.get("Range"))
+            if fault == "stall":
+                proxy.closing.wait(60)
+                self._reset()
+                return
+            if self.headers.get("Expect"):
+                self.send_response_only(100)
+                self.end_headers()
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             with suppress(ConnectionError, BrokenPipeError):
                 self._answer(body, fault)
+
+        def handle_expect_100(self) -> bool:
+            return True  # who is asked for a fault says so
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # http.server's
 

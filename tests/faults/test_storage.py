@@ -215,6 +215,7 @@ PASSING: dict[str, Fault] = {
     "503 SlowDown": Answer(503, "SlowDown"),
     "503 without S3's answer": Answer(503, ""),
     "no answer within the timeout": "hang",
+    "nothing taken of a body": "stall",
     "connection reset": "reset",
     "connection reset after the work was done": "reset after",
     "answer cut short": "cut answer",
@@ -224,10 +225,16 @@ PASSING: dict[str, Fault] = {
 
 @pytest.mark.parametrize("name", PASSING)
 def test_a_store_that_fails_now_and_then(
-    proxy: Proxy, direct: Store, s3_url: str, row: Row, name: str
+    proxy: Proxy,
+    direct: Store,
+    s3_url: str,
+    row: Row,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     """The first try of every third request, and of every completion of an upload."""
     fault, count = PASSING[name], 0
+    monkeypatch.setattr("storage.s3._SLOWEST", 2**24)  # a second for a part
 
     def rule(request: Request) -> Fault | None:
         nonlocal count
@@ -236,6 +243,8 @@ def test_a_store_that_fails_now_and_then(
         if fault == "alter answer":
             return fault if request.range else None
         if fault == "cut answer" and request.method != "GET":
+            return None
+        if fault == "stall" and request.method != "PUT":
             return None
         count += 1
         completes = request.method == "POST" and "uploadId=" in request.path

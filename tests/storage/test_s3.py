@@ -8,8 +8,10 @@ from s3fs import S3FileSystem
 
 import storage.retry
 from storage.errors import StoreError
+from storage.retry import Patience
 from storage.s3 import _PART
 from storage.store import StoreOptions, open_store
+from tests.faults.proxy import proxying
 from tests.s3 import _free_port
 from tests.storage.contract import StoreContract
 
@@ -205,3 +207,19 @@ def test_a_bucket_that_a_server_lists_as_empty_is_told_at_the_first_write(s3_url
 def test_malformed_urls_are_refused(url):
     with pytest.raises(StoreError, match=r"s3://bucket/prefix|not a key"):
         open_store(url)
+
+
+@pytest.mark.parametrize("size", [3, 2 * _PART], ids=["an object", "a part"])
+def test_a_server_that_takes_nothing_of_a_body_is_told_in_the_end(
+    s3_url, s3_server, monkeypatch, size
+):
+    monkeypatch.setattr("storage.s3._PATIENCE", Patience(2, 0.0))
+    monkeypatch.setattr("storage.s3._SLOWEST", 2**25)
+    with proxying(s3_server.endpoint) as proxy:
+        store = open_store(s3_url, StoreOptions(endpoint=proxy.endpoint, timeout=0.5))
+        proxy.rule = lambda request: "stall" if request.method == "PUT" else None
+        with pytest.raises(StoreError, match=r"key: .* did not take [\d,]+ bytes within 1 s"):
+            store.write("key", bytes(size))
+        assert max(request.number for request, _ in proxy.broken) == 1
+        proxy.rule = lambda request: None
+        assert list(store.keys("")) == list(store.unfinished("")) == []
