@@ -136,7 +136,6 @@ class _Group:
             [{"params": [*module.parameters()]} for module in self._modules.values()], config.lr
         )
         self._settings = dict(zip(self._modules, self._optimizer.param_groups, strict=True))
-        self._edges = {edge for block in blocks for edge in (block.span[0], block.span[1] + 1)}
         self._mapped = {b: source_block(self._started[b]) for b in blocks if family.maps(b)}
         self._histories = {block: History([]) for block in blocks}
         if checkpoints is not None:
@@ -233,9 +232,10 @@ class _Group:
             self._seed,
             self._config.timestep_shift,
         )
-        mapped = set(self._mapped.values())
+        edges = {edge for block in active for edge in (block.span[0], block.span[1] + 1)}
+        mapped = {self._mapped[block] for block in active if block in self._mapped}
         parts = [
-            (part, teacher_states(self._teacher, self._family, part, self._edges, mapped))
+            (part, teacher_states(self._teacher, self._family, part, edges, mapped))
             for part in _parts(inputs, self._micro_batch)
         ]
         losses = [
