@@ -366,10 +366,12 @@ class S3Store:
         size = len(arguments["Body"])
         limit = self._timeout + size / _SLOWEST
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as clock:
                 answer = await self._files._call_s3(method, Bucket=self._bucket, **arguments)
                 return cast("dict[str, Any]", answer)
         except TimeoutError as error:
+            if not clock.expired():
+                raise  # it took the body and does not answer
             # Of a TimeoutError fsspec drops the words.
             raise OSError(f"it did not take {size:,} bytes within {limit:.0f} s") from error
 
