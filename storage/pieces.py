@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 from typing import Any, BinaryIO, cast
 
-from storage.manifest import PIECE, FileEntry, read_pieces
+from storage.hashing import PIECE
+from storage.manifest import FileEntry, read_pieces
 from storage.store import Store
 
 # Pieces of one request.

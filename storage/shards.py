@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 from pydantic import JsonValue, NonNegativeInt, TypeAdapter
 
 from storage.errors import DamagedError, StoreError
-from storage.manifest import MANIFEST, FileEntry, Hashed, Manifest, PieceHasher, commit, twice
+from storage.hashing import Hashed, PieceHasher
+from storage.manifest import MANIFEST, FileEntry, Manifest, commit, twice
 from storage.section import Section
 from storage.store import Store
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import ValidationError
 
 from storage.errors import DamagedError, MissingKey
-from storage.manifest import PIECE, Manifest, published, read_bytes, read_pieces
+from storage.hashing import PIECE
+from storage.manifest import Manifest, published, read_bytes, read_pieces
 from storage.shards import INDEX, Chunk, Index, TensorEntry, dtypes, part_of
 from storage.store import Store
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from storage.errors import DamagedError
-from storage.manifest import PIECE, publish
+from storage.hashing import PIECE
+from storage.manifest import publish
 from storage.pieces import PiecedFile
 from storage.store import Store, open_store
 

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from storage.errors import DamagedError, StoreError
-from storage.manifest import PIECE, published
+from storage.hashing import PIECE
+from storage.manifest import published
 from storage.shards import publish_tensors
 from storage.store import open_store
 from storage.stored import open_tensors
